@@ -1,0 +1,34 @@
+"""Sparse fine-tuning of Hugging Face models: train a sparse part of a dense model.
+
+The names below load their modules on first use, so `import sft` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SparseTrainer": "sft.trainer",
+    "SparseTrainingMixin": "sft.trainer",
+    "SparseCallback": "sft.driver",
+    "SpielConfig": "sft.adapters.methods.spiel",
+    "resident": "sft.adapters.resident",
+    "calibrate": "sft.adapters.selection.calibrate",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's home on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
