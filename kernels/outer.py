@@ -1,0 +1,97 @@
+"""The gradient of a weight as a product not yet multiplied out: what growth and scores read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sft.kernels.outer_at import outer_at, widen
+from sft.kernels.pattern import Pattern
+
+
+class Outer(Protocol):
+    """A (rows, cols) gradient that is cheap to read at positions and by row blocks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the stored weight."""
+
+    def at(self, pattern: Pattern) -> Tensor:
+        """Return the gradient at the positions of `pattern`: (k,) float32 or wider."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) densely: (stop - start, cols) float32 or wider."""
+
+
+@dataclass(frozen=True)
+class DenseOuter:
+    """left^T right: the weight gradient of a linear layer.
+
+    Args:
+        left: (tokens, rows).
+        right: (tokens, cols).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        return self.left.shape[1], self.right.shape[1]
+
+    def at(self, pattern: Pattern) -> Tensor:
+        """Return the product at the positions of `pattern`."""
+        return outer_at(self.left, self.right, pattern)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of the product."""
+        return widen(self.left[:, start:stop]).t() @ widen(self.right)
+
+
+@dataclass(frozen=True)
+class LookupOuter:
+    """onehot(ids)^T grad: the weight gradient of an embedding, never larger than tokens x cols.
+
+    Args:
+        ids: (tokens,) int64 row of each token.
+        grad: (tokens, cols) gradient of the looked-up rows.
+        num_rows: rows of the embedding.
+    """
+
+    ids: Tensor
+    grad: Tensor
+    num_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        return self.num_rows, self.grad.shape[1]
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Distinct rows (u,), ascending, and the gradient summed per row (u, cols)."""
+        rows, slot = torch.unique(self.ids, return_inverse=True)
+        grad = widen(self.grad)
+        return rows, grad.new_zeros(rows.numel(), grad.shape[1]).index_add_(0, slot, grad)
+
+    def at(self, pattern: Pattern) -> Tensor:
+        """Return the gradient at the positions of `pattern`; rows never looked up give 0."""
+        rows, sums = self._sums
+        if rows.numel() == 0:
+            return sums.new_zeros(len(pattern))
+        wanted = pattern.rows()
+        slot = torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
+        values = sums[slot, pattern.columns.long()]
+        return torch.where(rows[slot] == wanted, values, values.new_zeros(()))
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) densely."""
+        rows, sums = self._sums
+        inside = (rows >= start) & (rows < stop)
+        dense = sums.new_zeros(stop - start, sums.shape[1])
+        return dense.index_copy_(0, rows[inside] - start, sums[inside])

@@ -1,0 +1,186 @@
+"""Linear layers whose weight is trained at some positions only: a partial backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sft.kernels.outer import DenseOuter, Outer
+from sft.kernels.outer_at import widen
+from sft.kernels.pattern import Pattern
+
+Tap = Callable[[Outer], None]
+
+
+class Site(Protocol):
+    """Where a layer's trained values lie, as backward needs to know it."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """The trained positions of the stored weight."""
+
+    @property
+    def tap(self) -> Tap | None:
+        """Called in backward with the gradient not yet multiplied out, or None."""
+
+    @property
+    def stamp(self) -> int:
+        """Names the content of the weight and of the pattern; equal stamps, equal content."""
+
+
+def resident_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, site: Site, *, conv1d: bool
+) -> Tensor:
+    """Apply a linear layer whose `weight` already holds the effective weight.
+
+    y = x W^T + b with W.flat[idx] = w0 + values; forward is one plain GEMM. Backward returns
+    dx = g W, dvalues = (g^T x)[idx], db = sum g, and never forms the dense weight gradient. Only x
+    is saved, and nothing of x when no trained value needs it.
+
+    Args:
+        x: (..., in), any float dtype.
+        weight: (out, in), or (in, out) with `conv1d` (GPT-2's layout, y = x W + b).
+        bias: (out,) or None.
+        values: (k,) the trained deltas: read in backward alone, for their dtype.
+        site: positions, gradient tap and content stamp of the layer.
+        conv1d: the weight is stored transposed.
+
+    Returns:
+        (..., out) in the dtype of x, or of the ambient autocast.
+
+    Raises:
+        RuntimeError: in backward, when the weight's content is not what forward multiplied with.
+    """
+    x, bias = _autocast(x), _autocast(bias)
+    y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, conv1d)  # type: ignore[no-untyped-call]
+    return y
+
+
+def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tensor:
+    """Return the contribution of the deltas alone, x Delta^T, for a weight that cannot be written.
+
+    Args:
+        x: (..., in), any float dtype; the product is taken in float32 or wider.
+        values: (k,) the trained deltas.
+        site: as for `resident_linear`.
+        conv1d: positions refer to a weight stored as (in, out).
+
+    Returns:
+        (..., out) in the dtype of x, or of the ambient autocast.
+    """
+    x = _autocast(x)
+    y: Tensor = _DeltaLinear.apply(x, values, site, conv1d)  # type: ignore[no-untyped-call]
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, conv1d: bool) -> Tensor:
+    """Apply a frozen layer exactly as torch (nn.Linear) or transformers (Conv1D) does."""
+    if not conv1d:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+class _ResidentLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        site: Site,
+        conv1d: bool,
+    ) -> Tensor:
+        needs_x = ctx.needs_input_grad[0]
+        needs_values = ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_values else None, weight if needs_x else None, values)
+        ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_stamp(ctx)
+        x, weight, values = ctx.saved_tensors
+        dx = dvalues = dbias = None
+        if weight is not None:
+            weight = weight.to(grad.dtype)
+            dx = grad @ (weight.t() if ctx.conv1d else weight)
+        if x is not None:
+            dvalues = _values_grad(ctx.site, x, grad, ctx.conv1d).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+        return dx, None, dbias, dvalues, None, None
+
+
+class _DeltaLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, site: Site, conv1d: bool) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
+        ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        return _times_delta(x, values, site.pattern, to_rows=not conv1d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_stamp(ctx)
+        x, values = ctx.saved_tensors
+        dx = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dx = _times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
+        if x is not None:
+            dvalues = _values_grad(ctx.site, x, grad, ctx.conv1d).to(values.dtype)
+        return dx, dvalues, None, None
+
+
+def check_stamp(ctx: Any) -> None:
+    """Raise when the layer's content is not what the forward of `ctx` saw."""
+    if ctx.stamp != ctx.site.stamp:
+        raise RuntimeError(
+            "backward: the sparse weight changed since this forward (an optimizer step, an adapter "
+            "switch or a merge came between); run forward again before backward"
+        )
+
+
+def _values_grad(site: Site, x: Tensor, grad: Tensor, conv1d: bool) -> Tensor:
+    """Gradient of the deltas: (k,) float32 or wider. Feeds the tap, if there is one."""
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    outer = DenseOuter(x, grad) if conv1d else DenseOuter(grad, x)
+    if site.tap is not None:
+        site.tap(outer)
+    return outer.at(site.pattern)
+
+
+def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
+    """Multiply by the sparse matrix: x Delta^T to reach its rows, x Delta for its columns."""
+    flat = widen(x).reshape(-1, x.shape[-1])
+    rows, columns = pattern.rows(), pattern.columns.long()
+    where = torch.stack([rows, columns] if to_rows else [columns, rows])
+    size = pattern.shape if to_rows else pattern.shape[::-1]
+    # COO: CSR products need MKL, which not every build of torch has
+    delta = torch.sparse_coo_tensor(where, values.to(flat.dtype), size, check_invariants=False)
+    y: Tensor = torch.sparse.mm(delta, flat.t().contiguous()).t()
+    return y.to(x.dtype).reshape(*x.shape[:-1], size[0])
+
+
+def _autocast(tensor: Tensor | None) -> Any:
+    """Cast as torch's autocast would: inside a custom function it does not cast by itself."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, pattern: Pattern
+) -> Tensor:
+    """Oracle of both layers: y = x (W0 + scatter(values))^T + b, differentiable, dense."""
+    delta = torch.zeros(weight.numel(), dtype=values.dtype)
+    delta = delta.index_put((pattern.indices.long(),), values).view_as(weight)
+    return F.linear(x, weight + delta, bias)
