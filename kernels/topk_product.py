@@ -53,8 +53,9 @@ class _Products:
 
     def _per_row(self, tau: float) -> Tensor:
         """How many products of each row reach tau > 0: (rows,) int64."""
-        # row 0 gives tau / 0 = inf, which no column reaches
-        needed = tau / self.row
+        # tensor / tensor: a Python scalar would be multiplied by a rounded reciprocal.
+        # row 0 gives tau / 0 = inf, which no column reaches.
+        needed = self.row.new_tensor(tau) / self.row
         return self.col.numel() - torch.searchsorted(self.ascending, needed)
 
     def count(self, tau: float) -> int:
