@@ -1,0 +1,278 @@
+"""The layer of every unstructured method: a frozen weight plus trained deltas at a support."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from sft.adapters.geometry import Kind, features, layer_kind, weight_shape
+from sft.adapters.merging import MergeStack
+from sft.adapters.residency import Residency, obstacle
+from sft.adapters.site import DeltaSite
+from sft.adapters.support import as_indices, fingerprint
+from sft.kernels.compose import compose
+from sft.kernels.gather import gather
+from sft.kernels.sparse_embedding import delta_embedding, resident_embedding
+from sft.kernels.sparse_linear import delta_linear, resident_linear
+from sft.kernels.write import write_
+
+
+class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A frozen layer and, for each adapter, k trained deltas at sorted positions of its weight.
+
+    State of an adapter: `delta_values` (k,) float32, the only trained tensor; `delta_indices` (k,)
+    int32 (int64 from 2^31 weights), sorted and unique; `delta_base` (1,) int64, the fingerprint of
+    the base weight it was made for.
+
+    Bare, the layer runs aside: y = base(x) + x Delta^T, and the base stays as it was. While
+    `sft.resident` is entered W holds w0 + delta and forward is one plain GEMM.
+
+    Args:
+        base_layer: nn.Linear, transformers' Conv1D or nn.Embedding, bitsandbytes linears included.
+        reference: round deltas as SpIEL's authors do before adding them.
+    """
+
+    adapter_layer_names = ("delta_values",)
+    other_param_names = ("delta_indices", "delta_base")
+
+    def __init__(self, base_layer: nn.Module, *, reference: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.delta_values = nn.ParameterDict()
+        self.delta_indices = BufferDict(persistent=True)
+        self.delta_base = BufferDict(persistent=True)
+        kind = layer_kind(self.get_base_layer())
+        assert kind is not None
+        self.kind = kind
+        self.shape = weight_shape(self.get_base_layer())
+        self.in_features, self.out_features = features(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.reference = reference
+        self.pending: set[str] = set()
+        self.merged_adapters: list[str] = []
+        self._merges = MergeStack()
+        self._sites: dict[str, DeltaSite] = {}
+        self._residency = Residency(lambda: self.get_base_layer().weight, reference=reference)
+        # Whatever reads or replaces the base must meet the pre-trained weight.
+        self.register_load_state_dict_pre_hook(lambda *_: self._residency.restore())
+        self.register_state_dict_pre_hook(lambda *_: self._residency.restore())
+
+    def add_adapter(
+        self, name: str, indices: Tensor, values: Tensor, *, inference_mode: bool = False
+    ) -> None:
+        """Give this layer an adapter with these positions and deltas.
+
+        Args:
+            name: the adapter.
+            indices: (k,) distinct ascending positions of the stored weight.
+            values: (k,) deltas.
+            inference_mode: leave the deltas frozen.
+        """
+        self._residency.restore()
+        weight = self.get_base_layer().weight
+        device = indices.device if indices.is_meta else weight.device
+        self.delta_indices[name] = as_indices(indices, self.shape, device)
+        self.delta_base[name] = torch.tensor([fingerprint(weight)], device=device)
+        self.delta_values[name] = nn.Parameter(values.to(device))
+        self._sites[name] = DeltaSite(self, name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def site(self, name: str) -> DeltaSite:
+        """Return where the adapter's values lie, as backward and the gradient taps see it."""
+        return self._sites[name]
+
+    def replace_support(self, name: str, indices: Tensor, source: Tensor) -> None:
+        """Move an adapter to a new support of the same size; the parameter object stays.
+
+        W is the pre-trained weight where a position was dropped, and unchanged where one is grown.
+
+        Args:
+            name: the adapter.
+            indices: (k,) the new positions, ascending.
+            source: (k,) int64, the old slot each new slot keeps, or -1 for a delta that starts at 0.
+        """
+        self._residency.restore()
+        values = self.delta_values[name]
+        with torch.no_grad():
+            kept = values.index_select(0, source.clamp(min=0))
+            values.copy_(torch.where(source >= 0, kept, kept.new_zeros(())))
+        old = self.delta_indices[name]
+        self.delta_indices[name] = as_indices(indices, self.shape, old.device)
+        self.settle()
+
+    # -- execution ---------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer with its active adapters.
+
+        Args:
+            x: (..., in), or integer ids (...) for an embedding.
+            *args: passed on to the base layer.
+            **kwargs: passed on to the base layer.
+
+        Returns:
+            (..., out).
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        resident = self.settle()
+        if resident is not None:
+            return self._resident_forward(x, resident)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for name in self._present():
+            y = y + self._delta_forward(x, name).to(y.dtype)
+        return y
+
+    def _resident_forward(self, x: Tensor, name: str) -> Tensor:
+        base, values, site = self.get_base_layer(), self.delta_values[name], self._ready(name)
+        if self.kind is Kind.EMBEDDING:
+            return resident_embedding(x, base.weight, values, site, base.padding_idx)
+        conv1d = self.kind is Kind.CONV1D
+        return resident_linear(x, base.weight, base.bias, values, site, conv1d=conv1d)
+
+    def _delta_forward(self, x: Tensor, name: str) -> Tensor:
+        values, site = self.delta_values[name], self._ready(name)
+        if self.kind is Kind.EMBEDDING:
+            return delta_embedding(x, values, site.pattern)
+        return delta_linear(x, values, site, conv1d=self.kind is Kind.CONV1D)
+
+    def _ready(self, name: str) -> DeltaSite:
+        if name in self.pending and self.training and self._sites[name].tap is None:
+            raise RuntimeError(
+                f"selection: adapter {name!r} still has a placeholder support; call "
+                "sft.calibrate(model, batches) before training, or train with SparseTrainer"
+            )
+        return self._sites[name]
+
+    # -- residency ---------------------------------------------------------------------------
+
+    def enter_resident(self) -> str | None:
+        """Enter resident mode. Return None, or the reason why this layer runs aside instead."""
+        reason = obstacle(self.get_base_layer())
+        if reason is None and self.base_layer is not self.get_base_layer():
+            reason = "another adapter layer lies between"
+        self._residency.enabled = reason is None
+        self.settle()
+        return reason
+
+    def leave_resident(self) -> None:
+        """Leave resident mode: W is the pre-trained weight again, bit for bit."""
+        self._residency.enabled = False
+        self._residency.restore()
+
+    def settle(self) -> str | None:
+        """Bring W to what the current mode asks for; return the adapter it holds, or None."""
+        present = self._present()
+        if (
+            not self._residency.enabled
+            or self.disable_adapters
+            or self.merged
+            or len(present) != 1
+        ):
+            self._residency.restore()
+            return None
+        name = present[0]
+        self._residency.write(name, self.delta_indices[name], self.delta_values[name])
+        return name
+
+    def sync(self) -> None:
+        """Write the trained values to W now, after an optimizer step by whatever means."""
+        if self._residency.key is not None:
+            self._residency.invalidate()
+            self.settle()
+
+    @property
+    def content(self) -> object:
+        """Names what W holds: equal contents, equal weights."""
+        return self._residency.key
+
+    def _present(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.delta_values]
+
+    # -- PEFT's verbs ------------------------------------------------------------------------
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; off, W is the pre-trained weight bit for bit."""
+        super().enable_adapters(enabled)
+        self.settle()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.settle()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; W is left as pre-trained or with the adapter that becomes active."""
+        self._residency.restore()
+        self._sites.pop(adapter_name, None)
+        self.pending.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base weight, keeping the originals for an exact `unmerge`.
+
+        Args:
+            safe_merge: refuse to write values that are not finite.
+            adapter_names: which; the active ones by default.
+
+        Raises:
+            ValueError: the base cannot be written, or `safe_merge` met a NaN or infinity.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.delta_values]
+        if not names:
+            return
+        self._residency.restore()
+        base = self.get_base_layer()
+        if not base.weight.is_floating_point():
+            raise ValueError(
+                f"merge: the base weight is {base.weight.dtype} (quantised) and merging would round "
+                "deltas away; load the base in 16 or 32 bit, then merge"
+            )
+        for name in names:
+            indices = self.delta_indices[name]
+            originals = gather(base.weight, indices)
+            values = self.delta_values[name].detach()
+            merged = compose(originals, values, reference=self.reference)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(
+                    "NaNs detected in the merged weights. "
+                    f"The adapter {name} seems to be broken"
+                )
+            write_(base.weight, indices, merged)
+            self._merges.push(indices, originals)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again: the base weight is as before, bit for bit."""
+        self._merges.undo(self.get_base_layer().weight)
+        self.merged_adapters.clear()
+        self.settle()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the dense delta of an adapter: (rows, cols) in the dtype of its values."""
+        values, indices = self.delta_values[adapter], self.delta_indices[adapter]
+        dense = values.new_zeros(self.shape[0] * self.shape[1])
+        return dense.index_copy(0, indices.long(), values).view(self.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Unstructured deltas are of full rank: no exact LoRA exists."""
+        return False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer: the base must be pristine while its storage is replaced."""
+        self._residency.restore()
+        self._merges.apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Show kind, shape and the number of deltas by adapter."""
+        counts = ", ".join(f"{n}={v.numel():,}" for n, v in self.delta_values.items())
+        return f"{self.kind.value}, shape={self.shape}, deltas: {counts}"

@@ -1,0 +1,54 @@
+"""What a method whose support changes while training tells its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Accumulators = Callable[[nn.Parameter], "tuple[Tensor, Tensor] | None"]
+
+
+@dataclass(frozen=True)
+class SupportChange:
+    """One parameter's slots after a reselection.
+
+    Args:
+        name: the module.
+        parameter: the values, (k,); the object and its size stay.
+        source: (k,) int64, the old slot each slot comes from, or -1 where freshly grown.
+        mean_grad: (k,) float32, mean gradient per update over the window, read where source is -1.
+        mean_square: (k,) float32, mean squared gradient, likewise.
+        updates: number of updates the means are over; 0 if there are none.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    source: Tensor
+    mean_grad: Tensor | None = None
+    mean_square: Tensor | None = None
+    updates: int = 0
+
+
+class Dynamics(Protocol):
+    """Drives the changes of one adapter. Steps count completed optimizer updates."""
+
+    def before_update(self, step: int, micro_batches: int) -> None:
+        """Prepare for update `step + 1`, made of so many backward passes."""
+
+    def after_gradients(self, scale: float) -> None:
+        """Take note that the gradients of an update are whole; they carry this loss scale.
+
+        A scale of 0 means that the update is skipped and its gradients are void.
+        """
+
+    def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
+        """Return what changed after update `step`; the supports are in place already."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors an interrupted run needs to continue."""
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of `state` back."""

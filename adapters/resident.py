@@ -1,0 +1,63 @@
+"""Enter and leave resident mode over a whole model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from sft.adapters.delta_layer import DeltaLayer
+
+logger = logging.getLogger(__name__)
+
+
+def delta_layers(model: nn.Module) -> dict[str, DeltaLayer]:
+    """Return all layers of the model that carry deltas, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DeltaLayer)}
+
+
+def enter_resident(model: nn.Module) -> dict[str, str]:
+    """Let every layer hold its effective weight; return the reasons of those that run aside."""
+    aside = {}
+    for name, layer in delta_layers(model).items():
+        reason = layer.enter_resident()
+        if reason is not None:
+            aside[name] = reason
+    total = len(delta_layers(model))
+    logger.info("%d of %d sparse layers hold resident weights", total - len(aside), total)
+    if aside:
+        name, reason = next(iter(aside.items()))
+        logger.warning("%d sparse layers run aside: %s, as %s", len(aside), name, reason)
+    return aside
+
+
+def leave_resident(model: nn.Module) -> None:
+    """Restore every base weight bit for bit."""
+    for layer in delta_layers(model).values():
+        layer.leave_resident()
+
+
+def sync_resident(model: nn.Module) -> None:
+    """Write the trained values to the weights, after an optimizer step."""
+    for layer in delta_layers(model).values():
+        layer.sync()
+
+
+@contextmanager
+def resident(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the block with resident weights; the base is pre-trained again afterwards, bit for bit.
+
+    While it lasts a forward is one plain GEMM a layer, as in full fine-tuning. Layers whose weight
+    can't be written (quantised, sharded, several active adapters) run aside, with a warning.
+
+    Example:
+        >>> with sft.resident(model):
+        ...     train(model)
+    """
+    enter_resident(model)
+    try:
+        yield model
+    finally:
+        leave_resident(model)
