@@ -159,8 +159,8 @@ def pip(*arguments: str, quiet: bool = False, may_fail: bool = False) -> bool:
     command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     if not (quiet or may_fail):
         print("   pip install", *arguments, flush=True)
-    progress = ["--quiet"] if not sys.stdout.isatty() else []
-    done = subprocess.run([*command, *progress], capture_output=quiet, check=False)
+    terse = [] if sys.stdout.isatty() else ["-qq"]  # in a log: errors only, no bars, no warnings
+    done = subprocess.run([*command, *terse], capture_output=quiet, check=False)
     if done.returncode and not (quiet or may_fail):
         sys.exit(f"pip failed (exit {done.returncode}); its message is above, run make again")
     return done.returncode == 0
