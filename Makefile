@@ -19,7 +19,7 @@ env:  ## make or mend .venv (instant when nothing changed)
 	@$(PYTHON) scripts/bootstrap.py
 
 quickstart: env  ## fine-tune a small model on the CPU with the shipped recipe
-	@$(PHASE) quickstart $(BIN)/sft train recipes/quickstart.yaml
+	@$(PHASE) quickstart $(BIN)/sft train recipes/quickstart.yaml overwrite=true
 
 test: lint types  ## ruff, mypy --strict, the whole suite
 	@echo "== tests: the whole suite"
