@@ -1,0 +1,188 @@
+"""The command `sft`. Heavy modules load inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sft import __version__
+from sft.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Sparse fine-tuning: train a small part of a dense model, export a stock one.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy the shipped recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's.")
+]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Print the user's own errors as one line and exit with 2; others keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"sft: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"sft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe; load no model.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no live bar.")] = False,
+) -> None:
+    """Fine-tune a model by a recipe.
+
+    Examples:
+        sft train quickstart
+
+        sft train my.yaml method.density=0.01 training.learning_rate=5e-3 --dry-run
+    """
+    with user_errors():
+        from sft.quiet import quiet_libraries
+
+        quiet_libraries()
+        from sft.recipe import load_recipe, to_yaml
+
+        resolved = load_recipe(recipe, overrides or [])
+        if dry_run:
+            print(to_yaml(resolved), end="")
+            return
+        from rich.console import Console
+
+        from sft.run import train_from_recipe
+
+        console = Console(force_terminal=False) if plain else Console()
+        train_from_recipe(resolved, console)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe, every key of it; loads neither data nor model.
+
+    Example:
+        sft validate my.yaml
+    """
+    with user_errors():
+        from sft.quiet import quiet_libraries
+        from sft.recipe import load_recipe
+
+        quiet_libraries()
+        load_recipe(recipe, overrides or [])
+        print(f"{recipe}: ok")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write the merged model into.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model it was trained on; default: as saved.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a filled folder.")
+    ] = False,
+) -> None:
+    """Merge an adapter into its base and save a stock model, then check it by reloading.
+
+    Example:
+        sft export runs/quickstart/adapter --base smollm2-135m-instruct --to merged
+    """
+    with user_errors():
+        from sft.export_adapter import export_adapter
+        from sft.quiet import quiet_libraries
+
+        quiet_libraries()
+        difference = export_adapter(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
+        print(f"{to}: written; reloaded, max |logit difference| {difference:g}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and threads, to paste into a bug report."""
+    from sft.environment import report
+
+    print(report())
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from sft.shipped import shipped_recipes
+
+    found = shipped_recipes()
+    width = max((len(name) for name, _ in found), default=0)
+    for name, summary in found:
+        print(f"{name:<{width}}  {summary}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe, comments and all."""
+    with user_errors():
+        from sft.shipped import find_recipe
+
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    destination: Annotated[Path, typer.Argument(help="File or folder to write.")] = Path("."),
+) -> None:
+    """Copy a shipped recipe, to make it your own; an existing file is never replaced."""
+    with user_errors():
+        from sft.shipped import find_recipe
+
+        source = find_recipe(name)
+        target = destination / source.name if destination.is_dir() else destination
+        try:
+            with target.open("x", encoding="utf-8") as file:
+                file.write(source.read_text(encoding="utf-8"))
+        except FileExistsError:
+            raise UserError(f"{target}: exists; give another name") from None
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+        print(target)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,103 @@
+"""Write a trained model as an ordinary checkpoint, and prove that it is the trained model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.errors import UserError
+from sft.whole import written_whole
+
+Batches = Sequence[dict[str, torch.Tensor]]
+
+
+def export_merged(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Any:
+    """Merge an adapter into its base and save both as one stock model.
+
+    The weights are merged in place, never copied: `model` is spent, use what is returned. The
+    folder appears whole or not at all.
+
+    Args:
+        model: A PeftModel, or a plain model (saved as it is).
+        tokenizer: Saved beside the weights.
+        folder: Where to write; replaced when it exists.
+        dtype: Cast the merged weights, default: as they are.
+        check: Called with the finished folder before it takes its name; may raise.
+
+    Returns:
+        The merged model, of the base's own class.
+    """
+    merged = merge(model, dtype)
+    with written_whole(folder) as temporary:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if check is not None:
+            check(temporary)
+    return merged
+
+
+def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Merge an adapter into its base, in place, and cast the result when asked."""
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return merged if dtype is None else merged.to(dtype)
+
+
+@torch.no_grad()
+def logits_of(model: Any, batches: Batches) -> list[torch.Tensor]:
+    """Return a model's logits on a few batches, in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        return [model(**batch).logits.float().cpu() for batch in batches]
+    finally:
+        model.train(training)
+
+
+def trained_logits(model: Any, batches: Batches) -> list[torch.Tensor]:
+    """Return the logits of an adapted model, computed with the weights it was trained with."""
+    from sft import resident
+
+    with resident(model) if hasattr(model, "peft_config") else contextlib.nullcontext():
+        return logits_of(model, batches)
+
+
+def verify_merged(
+    folder: Path, batches: Batches, expected: Sequence[torch.Tensor], *, bound: float = 0.0
+) -> float:
+    """Reload a merged folder with stock transformers and compare its logits.
+
+    Args:
+        folder: What `export_merged` wrote.
+        batches: Inputs of the comparison.
+        expected: Logits of the trained model on them.
+        bound: Largest difference allowed; 0 asks for equal bits.
+
+    Returns:
+        The largest absolute difference found.
+
+    Raises:
+        UserError: When the difference exceeds the bound.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    reloaded.to(batches[0]["input_ids"].device)
+    found = logits_of(reloaded, batches)
+    worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    if not worst <= bound:  # NaN fails too
+        raise UserError(
+            "export: the merged folder, reloaded, is not the trained model: "
+            f"max |logit difference| {worst:.3g}, allowed {bound:g}"
+        )
+    return worst

@@ -1,0 +1,95 @@
+"""`sft export`: a saved adapter and its base become one stock model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.errors import UserError, one_line
+from sft.export import export_merged, logits_of, merge, trained_logits, verify_merged
+from sft.models import load_model, load_tokenizer
+from sft.schema import ModelSpec
+from sft.whole import refuse_filled
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def export_adapter(
+    adapter: Path, *, base: str | None, to: Path, dtype: str = "auto", overwrite: bool = False
+) -> float:
+    """Merge a saved adapter into its base, write the result, reload it and compare logits.
+
+    Args:
+        adapter: Folder with adapter_config.json.
+        base: Hub id, folder or embedded name; default: what the adapter was trained on.
+        to: Folder to write.
+        dtype: Cast of the merged weights; "auto" keeps the base's.
+        overwrite: Replace `to` when it is filled.
+
+    Returns:
+        The largest |logit difference| between the reloaded model and the one in memory.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
+    if not overwrite:
+        refuse_filled(to, "--to", "pass --overwrite to replace it")
+    spec = ModelSpec(name=base or _trained_on(adapter))
+    tokenizer, model = _tokenizer(adapter, spec), _adapted(adapter, spec)
+    batches = [_probe(tokenizer)]
+    expected = trained_logits(model, batches)
+    cast = None if dtype == "auto" else getattr(torch, dtype)
+    merged = merge(model, cast)
+    if cast is not None:  # rounding the weights is what was asked for: compare what was rounded
+        expected = logits_of(merged, batches)
+    found: list[float] = []
+    export_merged(
+        merged,
+        tokenizer,
+        to,
+        check=lambda path: found.append(verify_merged(path, batches, expected)),
+    )
+    return found[0]
+
+
+def _trained_on(adapter: Path) -> str:
+    """Return the base named in the adapter's config."""
+    import json
+
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter}: does not name its base model; pass --base")
+    return str(name)
+
+
+def _tokenizer(adapter: Path, spec: ModelSpec) -> Any:
+    """Prefer the tokenizer saved beside the adapter: it is the one of the training."""
+    saved = (adapter / "tokenizer_config.json").is_file()
+    return load_tokenizer(ModelSpec(name=str(adapter.absolute())) if saved else spec)
+
+
+def _adapted(adapter: Path, spec: ModelSpec) -> Any:
+    """Load base and adapter; a pair that does not fit is refused with the reason."""
+    from peft import PeftModel
+
+    from sft.adapters import registry
+
+    registry.register_all()
+    model = load_model(spec)
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{adapter}: does not fit the base {spec.name}: {one_line(error)[:300]}"
+        ) from error
+
+
+def _probe(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Encode a sentence to compare logits on."""
+    text = "The quick brown fox jumps over the lazy dog."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

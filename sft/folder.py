@@ -1,0 +1,66 @@
+"""The folder of a run: what it holds, when it may be written, where training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UserError
+
+ADAPTER, MERGED, RECORD, RECIPE = "adapter", "merged", "run.json", "recipe.yaml"
+
+
+def prepare(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
+    """Make a run's folder ready, and return the checkpoint to go on from, if any.
+
+    Args:
+        folder: `training.output_dir`.
+        resume: `training.resume_from_checkpoint`: a path, "auto" (the latest one here), or None.
+        overwrite: Remove a former run's files first; other files stay.
+
+    Raises:
+        UserError: When the folder holds a run and neither `overwrite` nor a resume was asked for.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"training.output_dir: {folder}: is a file; give a folder")
+    checkpoint = _checkpoint(folder, resume)
+    former = _run_files(folder)
+    if former and checkpoint is None:
+        if not overwrite:
+            raise UserError(
+                f"training.output_dir: {folder}: already holds a run ({former[0].name}); "
+                "set overwrite: true, training.resume_from_checkpoint: auto, or another folder"
+            )
+        for path in former:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return checkpoint
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json, whole or not at all."""
+    temporary = folder / f".{RECORD}"
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / RECORD)
+
+
+def _run_files(folder: Path) -> list[Path]:
+    """List what an earlier run left in the folder."""
+    names = [folder / name for name in (RECORD, RECIPE, ADAPTER, MERGED)]
+    return [path for path in names if path.exists()] + sorted(folder.glob("checkpoint-*"))
+
+
+def _checkpoint(folder: Path, resume: str | None) -> str | None:
+    """Return the checkpoint that `resume` names."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        from transformers.trainer_utils import get_last_checkpoint
+
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not Path(resume).is_dir():
+        raise UserError(f"training.resume_from_checkpoint: {resume}: no such folder; or use auto")
+    return resume

@@ -1,0 +1,238 @@
+"""One job from recipe to exported model: load, measure, train, measure again, save, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sft import folder as run_folder
+from sft.arguments import build_arguments
+from sft.data import Examples, load_data
+from sft.encode import Encoded, encode
+from sft.environment import versions
+from sft.errors import UserError
+from sft.export import export_merged, logits_of, verify_merged
+from sft.method import build_method
+from sft.metrics import evaluate, held_out_batches
+from sft.models import load_model, load_tokenizer
+from sft.phases import Phases
+from sft.progress import ProgressReport
+from sft.recipe import to_yaml
+from sft.schema import Recipe
+from sft.whole import written_whole
+
+VERIFIED_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run achieved; written as run.json into its folder."""
+
+    output_dir: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    trained_weights: int
+    all_weights: int
+    steps: int
+    train_loss: float
+    max_logit_difference: float | None  # reloaded merged folder against the model in memory
+    seconds: dict[str, float]
+
+
+def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResult:
+    """Run a resolved recipe (see `load_recipe`).
+
+    Args:
+        recipe: What to do.
+        console: Where progress is printed, default: standard output.
+
+    Raises:
+        UserError: When the recipe, its files and its model do not fit together.
+    """
+    console = console or Console()
+    phases = Phases(console)
+    _seed_everything(recipe.seed)
+    resume = recipe.training.get("resume_from_checkpoint")
+    output = Path(recipe.training["output_dir"])
+    data, tokenizer, model = _load(recipe, phases)
+    checkpoint = run_folder.prepare(output, resume=resume, overwrite=recipe.overwrite)
+    (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+
+    held_out = _encode(recipe, data, tokenizer)
+    before = _measure("before", recipe, model, tokenizer, held_out, phases)
+    with phases.phase("adapter"):
+        trainer = _build_trainer(recipe, model, tokenizer, data, ProgressReport(console))
+        model = trainer.model
+        trained, total = model.get_nb_trainable_parameters()
+        share = f"{100 * trained / total:.3f} %"
+        phases.note(f"{recipe.method['name']}: {trained:,} of {total:,} weights train ({share})")
+    with phases.phase("train"):
+        outcome = _train(trainer, checkpoint)
+        phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
+    with phases.phase("save"), written_whole(output / run_folder.ADAPTER) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        phases.note(f"adapter in {output / run_folder.ADAPTER}")
+
+    with _trained_weights(model):
+        after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
+        batches = _batches(recipe, data, tokenizer, held_out, model.device)
+        expected = logits_of(model, batches) if recipe.export.merged else []
+    difference = _export(recipe, model, tokenizer, output, batches, expected, phases)
+    result = RunResult(
+        output, before, after, trained, total, outcome.global_step, outcome.training_loss,
+        difference, phases.seconds,
+    )  # fmt: skip
+    record = dataclasses.asdict(result) | {"versions": versions(), "recipe": recipe.model_dump()}
+    run_folder.write_record(output, record)
+    return result
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; ask cuDNN for repeatable kernels, which costs little."""
+    import torch
+    from transformers import set_seed
+
+    set_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _load(recipe: Recipe, phases: Phases) -> tuple[Examples, Any, Any]:
+    """Load data first: its mistakes are the commonest and the quickest to find."""
+    with phases.phase("data"):
+        data = load_data(recipe.data, recipe.seed)
+        held_out = 0 if data.held_out is None else len(data.held_out)
+        phases.note(f"{len(data.train):,} examples to train on, {held_out:,} held out")
+    with phases.phase("model"):
+        tokenizer, model = load_tokenizer(recipe.model), load_model(recipe.model)
+        phases.note(f"{recipe.model.name}, {model.num_parameters():,} weights, {model.dtype}")
+    return data, tokenizer, model
+
+
+def _encode(recipe: Recipe, data: Examples, tokenizer: Any) -> list[Encoded]:
+    """Encode the held-out examples that are measured."""
+    if data.held_out is None:
+        return []
+    count = min(recipe.evaluation.num_examples or len(data.held_out), len(data.held_out))
+    return _encoded(recipe, data, tokenizer, data.held_out.select(range(count)))
+
+
+def _encoded(recipe: Recipe, data: Examples, tokenizer: Any, rows: Any) -> list[Encoded]:
+    """Encode rows at the length that training uses."""
+    longest = recipe.training.get("max_length", 1024) or 10**9
+    return [encode(row, data.format, tokenizer, longest) for row in rows]
+
+
+def _measure(
+    name: str,
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    held_out: list[Encoded],
+    phases: Phases,
+    before: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """Evaluate the held-out examples, and print the figures."""
+    spec = recipe.evaluation
+    if not held_out or not spec.metrics:
+        return {}
+    with phases.phase(name):
+        found = evaluate(
+            model, tokenizer, held_out, spec.metrics,
+            max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size,
+        )  # fmt: skip
+        change = {key: f" (was {value:.4f})" for key, value in (before or {}).items()}
+        shown = ", ".join(f"{k} {value:.4f}{change.get(k, '')}" for k, value in found.items())
+        phases.note(f"{shown} on {len(held_out)} held-out examples")
+    return found
+
+
+def _build_trainer(
+    recipe: Recipe, model: Any, tokenizer: Any, data: Examples, report: ProgressReport
+) -> Any:
+    """Put the adapter on, and hand everything to the trainer."""
+    import datasets
+    from peft import get_peft_model
+    from transformers import PrinterCallback
+
+    from sft.trainer import SparseSFTTrainer
+
+    arguments = build_arguments(recipe.training, recipe.seed)
+    datasets.disable_progress_bars()
+    try:
+        trainer = SparseSFTTrainer(
+            model=get_peft_model(model, build_method(recipe.method)),
+            args=arguments,
+            train_dataset=data.train,
+            eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+            callbacks=[report],
+        )
+    except ValueError as error:
+        raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(trainer: Any, checkpoint: str | None) -> Any:
+    """Train, and leave the terminal tidy whatever happens."""
+    reports = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressReport)]
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        if checkpoint is None:
+            raise
+        raise UserError(f"training.resume_from_checkpoint: {checkpoint}: {error}") from error
+    finally:
+        for report in reports:
+            report.close()
+
+
+@contextlib.contextmanager
+def _trained_weights(model: Any) -> Iterator[None]:
+    """Run the model with the weights that training used, not beside its base."""
+    from sft import resident
+
+    with resident(model):
+        yield
+
+
+def _batches(
+    recipe: Recipe, data: Examples, tokenizer: Any, held_out: list[Encoded], device: Any
+) -> Any:
+    """Return inputs for the comparison of logits: held-out ones, or else training ones."""
+    size = recipe.evaluation.batch_size
+    rows = data.train.select(range(min(size * VERIFIED_BATCHES, len(data.train))))
+    examples = held_out or _encoded(recipe, data, tokenizer, rows)
+    return held_out_batches(examples, size, tokenizer.pad_token_id, device, VERIFIED_BATCHES)
+
+
+def _export(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    batches: Any,
+    expected: Any,
+    phases: Phases,
+) -> float | None:
+    """Write the merged folder and prove that it is the trained model."""
+    if not recipe.export.merged:
+        return None
+    folder = output / run_folder.MERGED
+    found: list[float] = []
+
+    def check(written: Path) -> None:
+        found.append(verify_merged(written, batches, expected))
+
+    with phases.phase("export"):
+        export_merged(model, tokenizer, folder, check=check if recipe.export.verify else None)
+        proof = f"; reloaded: max |logit difference| {found[0]:g}" if found else ""
+        phases.note(f"merged model in {folder}{proof}")
+    return found[0] if found else None

@@ -1,0 +1,76 @@
+"""The sections of a recipe that are ours; `method` and `training` have their own owners."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSpec(_Section):
+    """Which model is loaded, and how."""
+
+    name: str = Field(
+        min_length=1, description="hub id, local folder, or 'smollm2-135m-instruct' (embedded)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataSpec(_Section):
+    """Training and held-out examples; one of `eval`, `eval_fraction`, `eval_examples` at most."""
+
+    train: str = Field(
+        min_length=1, description=".jsonl, .json, .csv, .parquet, .txt or 'cmudict' (embedded)"
+    )
+    eval: str | None = None
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    eval_examples: int | None = Field(default=None, gt=0)
+    train_examples: int | None = Field(default=None, gt=0, description="use only the first N")
+    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_held_out_rule(self) -> DataSpec:
+        rules = ("eval", "eval_fraction", "eval_examples")
+        given = [key for key in rules if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: got {given[0]} as well; keep one of {', '.join(rules)}")
+        return self
+
+
+Metric = Literal["nll", "token_error_rate", "exact_match"]
+
+
+class EvaluationSpec(_Section):
+    """What is measured on the held-out examples, before and after training."""
+
+    metrics: list[Metric] = Field(default_factory=lambda: ["nll"])  # type: ignore[arg-type]
+    num_examples: int | None = Field(default=None, gt=0, description="default: all held-out ones")
+    max_new_tokens: int = Field(default=64, gt=0)
+    batch_size: int = Field(default=16, gt=0)
+
+
+class ExportSpec(_Section):
+    """What is written after training, besides the adapter."""
+
+    merged: bool = True
+    verify: bool = Field(default=True, description="reload the merged folder and compare logits")
+
+
+class Recipe(_Section):
+    """One job: model, method, data, evaluation, training, export."""
+
+    model: ModelSpec
+    method: dict[str, Any]
+    data: DataSpec
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    training: dict[str, Any] = Field(default_factory=dict)
+    export: ExportSpec = Field(default_factory=ExportSpec)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    overwrite: bool = Field(default=False, description="replace a run found in output_dir")
