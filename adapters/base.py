@@ -179,5 +179,3 @@ def _base_numel(model: nn.Module) -> int:
         for parameter in module.delta_values.parameters()
     }
     return sum(p.numel() for p in model.parameters() if id(p) not in own)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("delta_values",)
     other_param_names = ("delta_indices", "delta_base")
 
+    # what PEFT's mix-in provides; without this a reader of types sees nn.Module.__getattr__
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
     def __init__(self, base_layer: nn.Module, *, reference: bool = False) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
@@ -59,8 +67,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._sites: dict[str, DeltaSite] = {}
         self._residency = Residency(lambda: self.get_base_layer().weight, reference=reference)
         # Whatever reads or replaces the base must meet the pre-trained weight.
-        self.register_load_state_dict_pre_hook(lambda *_: self._residency.restore())
-        self.register_state_dict_pre_hook(lambda *_: self._residency.restore())
+        self.register_load_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]
 
     def add_adapter(
         self, name: str, indices: Tensor, values: Tensor, *, inference_mode: bool = False
@@ -94,7 +102,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Args:
             name: the adapter.
             indices: (k,) the new positions, ascending.
-            source: (k,) int64, the old slot each new slot keeps, or -1 for a delta that starts at 0.
+            source: (k,) int64, the old slot each new slot keeps, or -1 for one that starts at 0.
         """
         self._residency.restore()
         values = self.delta_values[name]
@@ -170,12 +178,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def settle(self) -> str | None:
         """Bring W to what the current mode asks for; return the adapter it holds, or None."""
         present = self._present()
-        if (
-            not self._residency.enabled
-            or self.disable_adapters
-            or self.merged
-            or len(present) != 1
-        ):
+        if not self._residency.enabled or self.disable_adapters or self.merged or len(present) != 1:
             self._residency.restore()
             return None
         name = present[0]
@@ -233,7 +236,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         base = self.get_base_layer()
         if not base.weight.is_floating_point():
             raise ValueError(
-                f"merge: the base weight is {base.weight.dtype} (quantised) and merging would round "
+                f"merge: the base weight is {base.weight.dtype} (quantised), merging would round "
                 "deltas away; load the base in 16 or 32 bit, then merge"
             )
         for name in names:
@@ -243,8 +246,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             merged = compose(originals, values, reference=self.reference)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(
-                    "NaNs detected in the merged weights. "
-                    f"The adapter {name} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
             write_(base.weight, indices, merged)
             self._merges.push(indices, originals)
@@ -258,9 +260,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense delta of an adapter: (rows, cols) in the dtype of its values."""
-        values, indices = self.delta_values[adapter], self.delta_indices[adapter]
+        indices: Tensor = self.delta_indices[adapter]
+        values: Tensor = self.delta_values[adapter]
         dense = values.new_zeros(self.shape[0] * self.shape[1])
-        return dense.index_copy(0, indices.long(), values).view(self.shape)
+        dense.index_copy_(0, indices.long(), values.detach())
+        return dense.view(self.shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Unstructured deltas are of full rank: no exact LoRA exists."""
@@ -270,9 +274,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Move or cast the layer: the base must be pristine while its storage is replaced."""
         self._residency.restore()
         self._merges.apply(fn)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Show kind, shape and the number of deltas by adapter."""
         counts = ", ".join(f"{n}={v.numel():,}" for n, v in self.delta_values.items())
         return f"{self.kind.value}, shape={self.shape}, deltas: {counts}"
+
+
+def _restore_first(layer: DeltaLayer, *_: Any) -> None:
+    layer._residency.restore()

@@ -82,5 +82,3 @@ def obstacle(base: nn.Module) -> str | None:
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "it carries hooks"
     return None
-
-

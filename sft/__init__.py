@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from sft._peft_hook import install as _install_peft_hook
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -16,7 +18,7 @@ _HOMES = {
     "SparseCallback": "sft.driver",
     "SpielConfig": "sft.adapters.methods.spiel",
     "resident": "sft.adapters.resident",
-    "calibrate": "sft.adapters.selection.calibrate",
+    "calibrate": "sft.adapters.calibrate",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -32,3 +34,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
     return sorted(__all__)
+
+
+_install_peft_hook()

@@ -17,7 +17,7 @@ def select(candidates: Candidates, k: int) -> Tensor:
 
 
 def random_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
-    """Return a uniform k-subset of range(numel): (k,) int64 ascending, O(k) memory where k is small.
+    """Return a uniform k-subset of range(numel): (k,) int64 ascending, in O(k) memory.
 
     The first k distinct values of a uniform stream are a uniform k-subset.
     """

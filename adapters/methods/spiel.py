@@ -1,0 +1,248 @@
+"""SpIEL: sparse iterative efficient learning (Ansell et al., arXiv 2401.16405).
+
+theta = theta_0 + scatter(delta, idx): k deltas are trained by Adam (AG) or SM3 (MA); every S
+updates the smallest are dropped, which returns those weights to their pre-trained value, and as
+many are grown where the accumulated gradient (AG) or the product of SM3's row and column
+accumulators (MA) is largest. Unlike the authors' code, candidates leave out active positions,
+windows are all equally long, seeds and counters are right under gradient accumulation and in
+bfloat16, and drop, merge and resume are exact; `reference=True` keeps their choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftConfig, PeftType
+from torch import Tensor
+
+from sft.adapters.base import DeltaTuner
+from sft.adapters.config import SparseConfig, require
+from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
+from sft.adapters.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
+from sft.adapters.schedule import Schedule
+from sft.adapters.select import seeded
+from sft.adapters.window import Window
+
+GROWTHS = ("gradient", "momentum", "none")
+POOLS = ("micro_batch", "update")
+OPTIMIZERS = ("auto", "adamw", "sm3", "trainer")
+
+
+@dataclass
+class SpielConfig(SparseConfig):
+    """Configuration of SpIEL; with growth="none" of a static sparse delta.
+
+    Args:
+        growth: "gradient" (SpIEL-AG), "momentum" (SpIEL-MA, needs SM3) or "none" (static support).
+        reselect_every: optimizer updates between reselections.
+        window: updates of gradients accumulated before one, 1 <= window <= reselect_every.
+        replace_fraction: share of the deltas replaced, at the start of the schedule.
+        replace_schedule: "linear" or "cosine" decay of that share.
+        first_full: replace all deltas at the first reselection: the random start is a placeholder.
+        stop_fraction: no reselection after this share of the run.
+        candidates_from: "micro_batch" chooses candidates by the first backward pass of a window;
+            "update" by its first whole update, which makes them independent of gradient
+            accumulation and holds a dense gradient of the targets during that update.
+        optimizer: "adamw" (per-entry age), "sm3", "trainer" (what TrainingArguments.optim names),
+            or "auto": sm3 for MA, else adamw, unless TrainingArguments.optim was set.
+    """
+
+    growth: str = "gradient"
+    reselect_every: int = 20
+    window: int = 5
+    replace_fraction: float = 0.2
+    replace_schedule: str = "linear"
+    first_full: bool = True
+    stop_fraction: float = 1.0
+    candidates_from: str = "micro_batch"
+    optimizer: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("SPIEL")
+        require("growth", self.growth, self.growth in GROWTHS, ", ".join(GROWTHS))
+        pool = self.candidates_from
+        require("candidates_from", pool, pool in POOLS, " or ".join(POOLS))
+        require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
+        wrong = "adamw" if self.growth == "momentum" else None
+        allowed = "sm3 (or auto) with growth='momentum'"
+        require("optimizer", self.optimizer, self.optimizer != wrong, allowed)
+        self.schedule(total=1)
+
+    def schedule(self, total: int) -> Schedule:
+        """Return when the support changes in a run of `total` updates."""
+        return Schedule(
+            every=self.reselect_every,
+            window=self.window,
+            fraction=self.replace_fraction,
+            policy=self.replace_schedule,
+            first_full=self.first_full,
+            stop_fraction=self.stop_fraction,
+            total=total,
+            reference=self.reference,
+        )
+
+
+class SpielModel(DeltaTuner):
+    """PEFT tuner of SpIEL."""
+
+    def dynamics(self, adapter_name: str, total_steps: int) -> Dynamics | None:
+        """Return the driver of drop and grow, or None with growth="none"."""
+        config: SpielConfig = self.peft_config[adapter_name]
+        if config.growth == "none":
+            return None
+        kind = GradientGrowth if config.growth == "gradient" else MomentumGrowth
+        return kind(self.layers(adapter_name), adapter_name, config, config.schedule(total_steps))
+
+
+class _Growth:
+    """What both kinds of growth share."""
+
+    def __init__(
+        self,
+        layers: dict[str, DeltaLayer],
+        adapter: str,
+        config: SpielConfig,
+        schedule: Schedule,
+    ) -> None:
+        self.layers, self.adapter, self.config, self.schedule = layers, adapter, config, schedule
+
+    def before_update(self, step: int, micro_batches: int) -> None:
+        """Nothing to prepare."""
+
+    def after_gradients(self, scale: float) -> None:
+        """Nothing to take in."""
+
+    def state(self) -> dict[str, Tensor]:
+        """No tensors: everything follows from the step."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take nothing back."""
+
+    def _num_replaced(self, layer: DeltaLayer, step: int) -> int:
+        return int(layer.delta_values[self.adapter].numel() * self.schedule.replaced(step))
+
+    def _apply(self, layer: DeltaLayer, chosen: Reselection) -> None:
+        layer.replace_support(self.adapter, chosen.indices, chosen.source)
+
+
+class GradientGrowth(_Growth):
+    """SpIEL-AG: grow where the gradient accumulated over a window is largest."""
+
+    def __init__(
+        self,
+        layers: dict[str, DeltaLayer],
+        adapter: str,
+        config: SpielConfig,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(layers, adapter, config, schedule)
+        self.windows: dict[str, Window] = {}
+
+    def before_update(self, step: int, micro_batches: int) -> None:
+        """Open the windows if update `step + 1` is the first of one."""
+        if self.schedule.opens_before(step + 1):
+            self._open(whole=self.config.candidates_from == "update" and micro_batches > 1)
+
+    def _open(self, *, whole: bool) -> None:
+        for name, layer in self.layers.items():
+            self.windows[name] = Window(
+                layer.site(self.adapter),
+                include_active=self.config.reference,
+                whole_update=whole,
+            )
+
+    def after_gradients(self, scale: float) -> None:
+        """Fold the gradients of one update into the open windows."""
+        for window in self.windows.values():
+            window.close_update(scale)
+
+    def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
+        """Drop and grow in every layer if a window ends here."""
+        if not self.schedule.reselects_after(step):
+            return []
+        changes = []
+        for name, window in self.windows.items():
+            window.close()
+            if window.updates:
+                changes.append(self._reselect(name, window, step))
+        self.windows = {}
+        return changes
+
+    def _reselect(self, name: str, window: Window, step: int) -> SupportChange:
+        assert window.total is not None and window.total_square is not None
+        layer = self.layers[name]
+        values = layer.delta_values[self.adapter]
+        chosen = drop_and_grow(
+            layer.delta_indices[self.adapter],
+            values.detach(),
+            window.candidates,
+            window.total,
+            self._num_replaced(layer, step),
+        )
+        self._apply(layer, chosen)
+        grown = chosen.candidate.clamp(min=0)
+        return SupportChange(
+            name=name,
+            parameter=values,
+            source=chosen.source,
+            mean_grad=window.total[grown] / window.updates,
+            mean_square=window.total_square[grown] / window.updates,
+            updates=window.updates,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the open windows' tensors as `module/part`."""
+        return {
+            f"{name}/{part}": tensor
+            for name, window in self.windows.items()
+            for part, tensor in window.state().items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Reopen the windows that were open."""
+        if not tensors:
+            return
+        self._open(whole=self.config.candidates_from == "update")
+        for name, window in self.windows.items():
+            start = f"{name}/"
+            parts = {key[len(start) :]: t for key, t in tensors.items() if key.startswith(start)}
+            window.load_state(parts)
+
+
+class MomentumGrowth(_Growth):
+    """SpIEL-MA: grow where the product of SM3's row and column accumulators is largest."""
+
+    def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
+        """Drop and grow in every layer if a reselection is due."""
+        if not self.schedule.reselects_after(step):
+            return []
+        changes = []
+        for name, layer in self.layers.items():
+            change = self._reselect(name, layer, step, accumulators)
+            if change is not None:
+                changes.append(change)
+        return changes
+
+    def _reselect(
+        self, name: str, layer: DeltaLayer, step: int, accumulators: Accumulators
+    ) -> SupportChange | None:
+        values = layer.delta_values[self.adapter]
+        statistics = accumulators(values)
+        if statistics is None:
+            return None
+        chosen = drop_and_grow_by_product(
+            layer.delta_indices[self.adapter],
+            values.detach(),
+            *statistics,
+            self._num_replaced(layer, step),
+            seeded(self.config.seed, "grow", name, step),
+        )
+        self._apply(layer, chosen)
+        return SupportChange(name=name, parameter=values, source=chosen.source)
+
+
+Config: type[PeftConfig] = SpielConfig
+Model = SpielModel

@@ -1,0 +1,252 @@
+"""Runs a sparse method inside any transformers Trainer, as a callback."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sft.adapters.base import DeltaTuner
+from sft.adapters.calibrate import calibrate, pending_adapters
+from sft.adapters.dynamics import Dynamics
+from sft.adapters.resident import delta_layers, enter_resident, leave_resident, sync_resident
+from sft.adapters.support import support_hash
+from sft.checkpoint import load_state, save_state
+from sft.optim.move import move_state
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("sparse-sft", "torch", "transformers", "peft", "accelerate")
+
+
+class SparseCallback(TrainerCallback):  # type: ignore[misc]
+    """Calibration, resident weights, drop and grow, and exact resume, for a stock Trainer.
+
+    `SparseTrainer` adds one by itself. With a Trainer of your own:
+
+        Trainer(model=model, args=args, train_dataset=ds, callbacks=[SparseCallback()]).train()
+
+    A model without a sparse adapter is left alone.
+
+    Args:
+        resume_from_checkpoint: the folder a resumed run continues from; by default
+            `TrainingArguments.resume_from_checkpoint`, then `output_dir/checkpoint-N`.
+        notes: plain values to keep beside every checkpoint, such as the resolved recipe.
+    """
+
+    def __init__(
+        self,
+        resume_from_checkpoint: str | Path | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        self.resume_from_checkpoint = resume_from_checkpoint
+        self.notes = notes or {}
+        self.replaced: dict[int, int] = {}
+        self._dynamics: dict[str, Dynamics] = {}
+        self._scale = 1.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Calibrate, enter resident mode, and continue an interrupted run."""
+        tuner = sparse_tuner(model)
+        if tuner is None:
+            return
+        enter_resident(model)
+        if state.global_step == 0:
+            _calibrate_pending(model, kwargs["train_dataloader"])
+        self._dynamics = {}
+        for name in tuner.active_adapters:
+            dynamics = tuner.dynamics(name, state.max_steps)
+            if dynamics is not None:
+                self._dynamics[name] = dynamics
+        if self._dynamics and args.world_size > 1:
+            raise ValueError(
+                f"growth: got a changing support on {args.world_size} processes, whose gradients "
+                "would choose different positions; set growth='none' or run one process"
+            )
+        _check_accumulators(tuner, kwargs["optimizer"])
+        if state.global_step > 0:
+            self._resume(args, state, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let each method prepare for the update."""
+        for dynamics in self._dynamics.values():
+            dynamics.before_update(state.global_step, args.gradient_accumulation_steps)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        """Note the loss scale of these gradients before the step changes it."""
+        scaler = getattr(optimizer, "scaler", None)
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        """Write the trained values to the weights and hand over the update's gradients."""
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        for dynamics in self._dynamics.values():
+            dynamics.after_gradients(0.0 if skipped else self._scale)
+        sync_resident(model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        """Let each method change its support, and move the optimizer's state along."""
+        stock = _unwrap(optimizer)
+        for dynamics in self._dynamics.values():
+            changes = dynamics.after_update(state.global_step, lambda p: _accumulators(stock, p))
+            for change in changes:
+                move_state(
+                    stock,
+                    change.parameter,
+                    change.source,
+                    mean_grad=change.mean_grad,
+                    mean_square=change.mean_square,
+                    updates=change.updates,
+                )
+            if changes:
+                count = sum(int((change.source < 0).sum()) for change in changes)
+                self.replaced[state.global_step] = count
+                logger.info("step %d: %d weights replaced", state.global_step, count)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: Any,
+    ) -> None:
+        """Complete the checkpoint with the method's state."""
+        if sparse_tuner(model) is None or not args.should_save:
+            return
+        tensors = {
+            f"{adapter}//{name}": tensor
+            for adapter, dynamics in self._dynamics.items()
+            for name, tensor in dynamics.state().items()
+        }
+        notes = {
+            "step": state.global_step,
+            "support_sha256": model_support_hash(model),
+            "base_fingerprint": base_fingerprint(model),
+            "versions": {name: version(name) for name in PACKAGES},
+            **self.notes,
+        }
+        save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", tensors, notes)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: Any,
+    ) -> None:
+        """Leave resident mode: the base is pre-trained again, bit for bit."""
+        leave_resident(model)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        if not self._dynamics:
+            return
+        folder = self._resume_folder(args, state)
+        tensors, notes = load_state(folder, next(model.parameters()).device)
+        found = model_support_hash(model)
+        if notes["step"] != state.global_step or notes["support_sha256"] != found:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} is of step {notes['step']} and support "
+                f"{notes['support_sha256'][:12]}, the run is at step {state.global_step} with "
+                f"{found[:12]}; name the folder with SparseCallback(resume_from_checkpoint=...)"
+            )
+        for adapter, dynamics in self._dynamics.items():
+            start = f"{adapter}//"
+            dynamics.load_state(
+                {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+            )
+
+    def _resume_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        given = self.resume_from_checkpoint or args.resume_from_checkpoint
+        if isinstance(given, (str, Path)):
+            return Path(given)
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def sparse_tuner(model: nn.Module) -> DeltaTuner | None:
+    """Return the tuner of a PeftModel with a sparse adapter, else None."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, DeltaTuner) else None
+
+
+def model_support_hash(model: nn.Module) -> str:
+    """Return the SHA-256 over all supports of the model."""
+    return support_hash(
+        (f"{name}.{adapter}", layer.delta_indices[adapter])
+        for name, layer in delta_layers(model).items()
+        for adapter in layer.delta_values
+    )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over the fingerprints of the adapted base weights."""
+    return support_hash(
+        (f"{name}.{adapter}", layer.delta_base[adapter])
+        for name, layer in delta_layers(model).items()
+        for adapter in layer.delta_values
+    )
+
+
+def _calibrate_pending(model: nn.Module, batches: Any) -> None:
+    # the loader draws its shuffle from the global generator: training must not notice
+    for name in pending_adapters(model):
+        with torch.random.fork_rng():
+            count = calibrate(model, batches, name)
+        logger.info("adapter %s: support chosen by %d batches", name, count)
+
+
+def _check_accumulators(tuner: DeltaTuner, optimizer: Any) -> None:
+    stock = _unwrap(optimizer)
+    for name in tuner.active_adapters:
+        config = tuner.peft_config[name]
+        if getattr(config, "growth", None) == "momentum" and not hasattr(stock, "accumulators"):
+            raise ValueError(
+                f"growth: 'momentum' reads SM3's row and column accumulators, which "
+                f"{type(stock).__name__} does not keep; leave optimizer='auto'"
+            )
+
+
+def _accumulators(optimizer: Any, parameter: nn.Parameter) -> Any:
+    return optimizer.accumulators(parameter)
+
+
+def _unwrap(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,154 @@
+"""`SparseTrainer`: the transformers Trainer that trains a sparse part of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from sft.adapters.base import DeltaTuner
+from sft.adapters.resident import delta_layers, leave_resident
+from sft.checkpoint import check_whole, last_whole_checkpoint
+from sft.driver import SparseCallback, sparse_tuner
+from sft.optim.adamw import SparseAdamW
+from sft.optim.sm3 import SM3, Positions
+
+if TYPE_CHECKING:
+    # TRL's trainers derive from this one too
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SparseTrainingMixin(_Base):  # type: ignore[misc]
+    """Put before a Trainer class: `class MyTrainer(SparseTrainingMixin, trl.SFTTrainer)`.
+
+    Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
+    whole, and leaves the base weights as they were whatever ends the training. All settings of the
+    method live in its PEFT configuration.
+    """
+
+    sparse_callback: SparseCallback
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sparse_callback = SparseCallback()
+        self.add_callback(self.sparse_callback)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, as `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest whole one.
+            *args: passed on.
+            **kwargs: passed on.
+
+        Raises:
+            ValueError: there is no whole checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True and sparse_tuner(self.model) is not None:
+            folder = last_whole_checkpoint(Path(self.args.output_dir))
+            if folder is None:
+                raise ValueError(
+                    f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint"
+                )
+            resume_from_checkpoint = str(folder)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            leave_resident(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Create the optimizer that the method asks for, unless one was given or named."""
+        tuner = sparse_tuner(self.model)
+        if tuner is not None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = method_optimizer(tuner, self.args)
+        return super().create_optimizer(model)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if sparse_tuner(self.model) is not None:
+            check_whole(Path(resume_from_checkpoint))
+            self.sparse_callback.resume_from_checkpoint = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class SparseTrainer(SparseTrainingMixin, Trainer):  # type: ignore[misc]
+    """Drop-in for `transformers.Trainer`.
+
+        model = get_peft_model(base, SpielConfig(density=0.005, task_type="CAUSAL_LM"))
+        SparseTrainer(model=model, args=TrainingArguments(...), train_dataset=ds).train()
+
+    Args:
+        model: a PeftModel with a sparse adapter, or a base model if `peft_config` is given.
+        args: as for Trainer.
+        *rest: as for Trainer.
+        peft_config: wraps `model` by `get_peft_model` first.
+        **kwargs: as for Trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        super().__init__(model, args, *rest, **kwargs)
+
+
+def method_optimizer(
+    tuner: DeltaTuner, args: TrainingArguments
+) -> tuple[type[Any], dict[str, Any]] | None:
+    """Return the optimizer class and arguments for a method, or None for the Trainer's own.
+
+    Args:
+        tuner: its active adapter's configuration names the optimizer.
+        args: give learning rate, betas and epsilon; an `optim` other than the default wins over
+            "auto".
+    """
+    config = tuner.peft_config[tuner.active_adapters[0]]
+    name = getattr(config, "optimizer", "auto")
+    momentum = getattr(config, "growth", None) == "momentum"
+    if name == "auto":
+        named = args.optim != TrainingArguments.__dataclass_fields__["optim"].default
+        name = "sm3" if momentum else ("trainer" if named else "adamw")
+    if name == "trainer":
+        return None
+    if name == "sm3":
+        return SM3, {"lr": args.learning_rate, "positions": _positions(tuner)}
+    return SparseAdamW, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "reference": config.reference,
+    }
+
+
+def _positions(tuner: DeltaTuner) -> Any:
+    """Return a look-up from a values parameter to where its entries lie now."""
+    places = {
+        id(values): (layer, adapter)
+        for layer in delta_layers(tuner).values()
+        for adapter, values in layer.delta_values.items()
+    }
+
+    def look_up(parameter: nn.Parameter) -> Positions | None:
+        place = places.get(id(parameter))
+        if place is None:
+            return None
+        layer, adapter = place
+        pattern = layer.site(adapter).pattern
+        return Positions(pattern.rows(), pattern.columns.long(), pattern.shape)
+
+    return look_up
