@@ -29,7 +29,7 @@ class Site(Protocol):
         """Called in backward with the gradient not yet multiplied out, or None."""
 
     @property
-    def stamp(self) -> int:
+    def stamp(self) -> object:
         """Names the content of the weight and of the pattern; equal stamps, equal content."""
 
 

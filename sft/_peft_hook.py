@@ -24,28 +24,39 @@ def _register() -> None:
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Finds PEFT as usual and lets registration follow its import; steps aside afterwards."""
+    """Finds PEFT as usual and lets registration follow its import; steps aside afterwards.
+
+    Others look PEFT up without importing it, so the finder stays until the import happens.
+    """
+
+    _asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != "peft" or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(self, spec.loader)
         return spec
 
 
 class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, finder: _PeftFinder, loader: importlib.abc.Loader) -> None:
+        self._finder = finder
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         # what PEFT and others see afterwards is its own loader
         module.__loader__ = self._loader
         if module.__spec__ is not None:

@@ -161,7 +161,7 @@ def _build_trainer(
     from peft import get_peft_model
     from transformers import PrinterCallback
 
-    from sft.trainer import SparseSFTTrainer
+    from sft.supervised import SparseSFTTrainer
 
     arguments = build_arguments(recipe.training, recipe.seed)
     datasets.disable_progress_bars()
