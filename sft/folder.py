@@ -13,13 +13,13 @@ from sft.errors import UserError
 ADAPTER, MERGED, RECORD, RECIPE = "adapter", "merged", "run.json", "recipe.yaml"
 
 
-def prepare(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
-    """Make a run's folder ready, and return the checkpoint to go on from, if any.
+def check(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
+    """See whether a run may write here, and return the checkpoint to go on from, if any.
 
     Args:
         folder: `training.output_dir`.
         resume: `training.resume_from_checkpoint`: a path, "auto" (the latest one here), or None.
-        overwrite: Remove a former run's files first; other files stay.
+        overwrite: A former run may be replaced.
 
     Raises:
         UserError: When the folder holds a run and neither `overwrite` nor a resume was asked for.
@@ -28,16 +28,20 @@ def prepare(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
         raise UserError(f"training.output_dir: {folder}: is a file; give a folder")
     checkpoint = _checkpoint(folder, resume)
     former = _run_files(folder)
-    if former and checkpoint is None:
-        if not overwrite:
-            raise UserError(
-                f"training.output_dir: {folder}: already holds a run ({former[0].name}); "
-                "set overwrite: true, training.resume_from_checkpoint: auto, or another folder"
-            )
-        for path in former:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    if former and checkpoint is None and not overwrite:
+        raise UserError(
+            f"training.output_dir: {folder}: already holds a run ({former[0].name}); "
+            "set overwrite: true, training.resume_from_checkpoint: auto, or another folder"
+        )
     return checkpoint
+
+
+def clear(folder: Path, *, keep_checkpoints: bool) -> None:
+    """Make the folder, and remove a former run's files from it; other files stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _run_files(folder):
+        if not (keep_checkpoints and path.name.startswith("checkpoint-")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -48,8 +52,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    """List what an earlier run left in the folder."""
-    names = [folder / name for name in (RECORD, RECIPE, ADAPTER, MERGED)]
+    """List what an earlier run left in the folder; a recipe alone is no loss."""
+    names = [folder / name for name in (RECORD, ADAPTER, MERGED)]
     return [path for path in names if path.exists()] + sorted(folder.glob("checkpoint-*"))
 
 

@@ -9,6 +9,7 @@ import warnings
 def quiet_libraries() -> None:
     """Turn off progress bars and warnings meant for programmers, in this process."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     import datasets

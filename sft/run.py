@@ -59,8 +59,9 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     _seed_everything(recipe.seed)
     resume = recipe.training.get("resume_from_checkpoint")
     output = Path(recipe.training["output_dir"])
+    checkpoint = run_folder.check(output, resume=resume, overwrite=recipe.overwrite)
     data, tokenizer, model = _load(recipe, phases)
-    checkpoint = run_folder.prepare(output, resume=resume, overwrite=recipe.overwrite)
+    run_folder.clear(output, keep_checkpoints=checkpoint is not None)
     (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
 
     held_out = _encode(recipe, data, tokenizer)
@@ -68,9 +69,10 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     with phases.phase("adapter"):
         trainer = _build_trainer(recipe, model, tokenizer, data, ProgressReport(console))
         model = trainer.model
-        trained, total = model.get_nb_trainable_parameters()
+        trained, with_adapter = model.get_nb_trainable_parameters()
+        total = with_adapter - trained
         share = f"{100 * trained / total:.3f} %"
-        phases.note(f"{recipe.method['name']}: {trained:,} of {total:,} weights train ({share})")
+        phases.note(f"{recipe.method['name']} trains {trained:,} of {total:,} weights ({share})")
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
