@@ -26,8 +26,7 @@ HIDDEN = {
 
 def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Check the section against the registry; return it with every default filled in."""
-    from sft.adapters import registry
-
+    registry = _registry()
     fields = dict(recipe.method)
     name = fields.pop("name", None)
     names = registry.method_names()
@@ -54,11 +53,18 @@ def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 def build_method(method: dict[str, Any]) -> Any:
     """Build the PeftConfig of a resolved `method:` section."""
+    fields = dict(method)
+    return _registry().config_class(fields.pop("name"))(**fields, task_type="CAUSAL_LM")
+
+
+def _registry() -> Any:
+    """Import the registry after PEFT, whose import makes our methods known to it."""
+    import peft  # noqa: F401
+
     from sft.adapters import registry
 
-    fields = dict(method)
     registry.register_all()
-    return registry.config_class(fields.pop("name"))(**fields, task_type="CAUSAL_LM")
+    return registry
 
 
 def _plain(value: Any) -> Any:
