@@ -148,7 +148,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _delta_forward(self, x: Tensor, name: str) -> Tensor:
         values, site = self.delta_values[name], self._ready(name)
         if self.kind is Kind.EMBEDDING:
-            return delta_embedding(x, values, site.pattern)
+            return delta_embedding(x, values, site, self.get_base_layer().padding_idx)
         return delta_linear(x, values, site, conv1d=self.kind is Kind.CONV1D)
 
     def _ready(self, name: str) -> DeltaSite:
