@@ -7,7 +7,6 @@ import struct
 import torch
 from torch import Tensor
 
-from sft.kernels.outer_at import rows_per_block
 from sft.kernels.pattern import Pattern
 from sft.kernels.topk import top_k_reference
 
@@ -75,24 +74,22 @@ class _Products:
     def at_least(self, tau: float) -> Tensor:
         """Positions of the products that reach tau, excluded ones left out."""
         per_row = self._per_row(tau)
-        rows = torch.repeat_interleave(per_row)
-        ends = per_row.cumsum(0) - per_row
-        rank = torch.arange(rows.numel(), device=rows.device) - ends[rows]
-        columns = self.order[self.col.numel() - 1 - rank]
-        return self._outside(rows * self.col.numel() + columns)
+        return self._positions(per_row, per_row)
 
     def equal_to(self, tau: float, wanted: int) -> Tensor:
         """The lowest `wanted` positions whose product is exactly tau, excluded ones left out."""
-        cols, found, missing = self.col.numel(), [], wanted
-        step = rows_per_block(cols, 8)
-        for start in range(0, self.row.numel(), step):
-            if missing <= 0:
-                break
-            block = self.row[start : start + step, None] * self.col
-            hits = self._outside((block == tau).view(-1).nonzero().flatten() + start * cols)
-            found.append(hits[:missing])
-            missing -= found[-1].numel()
-        return torch.cat(found) if found else self.order[:0]
+        per_row = self._per_row(tau)
+        ties = per_row - self._per_row(_next_up(tau))
+        # there may be rows * cols ties: list as many as suffice if all excluded ones are among them
+        left = wanted + len(self.exclude) - (ties.cumsum(0) - ties)
+        return self._positions(per_row, ties.minimum(left.clamp(min=0)))[:wanted]
+
+    def _positions(self, reach: Tensor, counts: Tensor) -> Tensor:
+        """List the smallest counts[r] of the reach[r] largest columns of each row r."""
+        rows = torch.repeat_interleave(counts)
+        rank = torch.arange(rows.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        columns = self.order[self.col.numel() - reach[rows] + rank]
+        return self._outside(rows * self.col.numel() + columns)
 
     def _outside(self, positions: Tensor) -> Tensor:
         return positions[~torch.isin(positions, self.exclude.indices.long())]
