@@ -153,9 +153,10 @@ def _values_grad(site: Site, x: Tensor, grad: Tensor, conv1d: bool) -> Tensor:
     """Gradient of the deltas: (k,) float32 or wider. Feeds the tap, if there is one."""
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     outer = DenseOuter(x, grad) if conv1d else DenseOuter(grad, x)
-    if site.tap is not None:
-        site.tap(outer)
-    return outer.at(site.pattern)
+    with _no_autocast(x):
+        if site.tap is not None:
+            site.tap(outer)
+        return outer.at(site.pattern)
 
 
 def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
@@ -166,7 +167,8 @@ def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) 
     size = pattern.shape if to_rows else pattern.shape[::-1]
     # COO: CSR products need MKL, which not every build of torch has
     delta = torch.sparse_coo_tensor(where, values.to(flat.dtype), size, check_invariants=False)
-    y: Tensor = torch.sparse.mm(delta, flat.t().contiguous()).t()
+    with _no_autocast(x):
+        y: Tensor = torch.sparse.mm(delta, flat.t().contiguous()).t()
     return y.to(x.dtype).reshape(*x.shape[:-1], size[0])
 
 
@@ -175,6 +177,11 @@ def _autocast(tensor: Tensor | None) -> Any:
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Keep sums in float32 or wider where autocast would take them in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def linear_reference(
