@@ -47,6 +47,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+    _get_embed_scale: Callable[[], Tensor | None]
 
     def __init__(self, base_layer: nn.Module, *, reference: bool = False) -> None:
         nn.Module.__init__(self)
@@ -148,7 +149,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _delta_forward(self, x: Tensor, name: str) -> Tensor:
         values, site = self.delta_values[name], self._ready(name)
         if self.kind is Kind.EMBEDDING:
-            return delta_embedding(x, values, site, self.get_base_layer().padding_idx)
+            y = delta_embedding(x, values, site, self.get_base_layer().padding_idx)
+            scale = self._get_embed_scale()
+            return y if scale is None else y * scale.to(y.dtype)
         return delta_linear(x, values, site, conv1d=self.kind is Kind.CONV1D)
 
     def _ready(self, name: str) -> DeltaSite:
@@ -168,6 +171,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             reason = "another adapter layer lies between"
         self._residency.enabled = reason is None
         self.settle()
+        if reason is None and len(self._present()) > 1:
+            reason = "several adapters are active"
         return reason
 
     def leave_resident(self) -> None:

@@ -152,11 +152,18 @@ def check_stamp(ctx: Any) -> None:
 def _values_grad(site: Site, x: Tensor, grad: Tensor, conv1d: bool) -> Tensor:
     """Gradient of the deltas: (k,) float32 or wider. Feeds the tap, if there is one."""
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    if site.tap is not None:
+        # read twice: stored token-last, both reads share one transposition
+        x, grad = _token_last(x), _token_last(grad)
     outer = DenseOuter(x, grad) if conv1d else DenseOuter(grad, x)
     with _no_autocast(x):
         if site.tap is not None:
             site.tap(outer)
         return outer.at(site.pattern)
+
+
+def _token_last(tensor: Tensor) -> Tensor:
+    return widen(tensor).t().contiguous().t()
 
 
 def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:

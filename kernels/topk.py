@@ -20,10 +20,36 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     if k >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
+    likely = _likely(scores, k)
+    if likely is None:
+        return _select(scores, k)
+    return likely[_select(scores[likely], k)]
+
+
+def _select(scores: Tensor, k: int) -> Tensor:
     threshold = torch.topk(scores, k, sorted=False).values.min()
     above = (scores > threshold).nonzero().flatten()
     ties = (scores == threshold).nonzero().flatten()[: k - above.numel()]
     return torch.cat([above, ties]).sort().values
+
+
+# One score in so many is sampled, when at least so many would be kept of the sample.
+_STRIDE, _LEAST = 16, 32
+
+
+def _likely(scores: Tensor, k: int) -> Tensor | None:
+    """Return positions that hold the k largest, found by a sample's threshold, or None.
+
+    Any k or more scores above a threshold hold the k largest, whatever the sample was; partial
+    sorting of the few that are left costs a fraction of sorting all (1/5 at k = 0.5%).
+    """
+    wanted = 2 * k // _STRIDE
+    if wanted < _LEAST or 8 * k > scores.numel():
+        return None
+    sample = scores[::_STRIDE]
+    floor = torch.topk(sample, min(wanted, sample.numel()), sorted=False).values.min()
+    likely = (scores >= floor).nonzero().flatten()
+    return likely if likely.numel() >= k else None
 
 
 class StreamingTopK:

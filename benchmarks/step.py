@@ -1,0 +1,255 @@
+"""Time one training step: sparse deltas against LoRA and full fine-tuning, interleaved.
+
+    python benchmarks/step.py [--rounds 15] [--model NAME] [--out FILE]
+
+Every case owns a copy of the model. One round runs one step of each case, and the process CPU time
+of each step is kept: on a shared machine it is steadier than the wall clock. Figures are medians
+and ratios of this one run. Bytes are those autograd keeps between forward and backward, each
+storage once, parameters and buffers excluded.
+"""
+
+from __future__ import annotations
+
+import os
+
+# a spinning thread of a shared machine counts as CPU time of this process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import sft
+from sft.adapters.resident import delta_layers, enter_resident, sync_resident
+from sft.adapters.window import Window
+from sft.embedded import folder_of
+from sft.optim.adamw import SparseAdamW
+
+Batch = dict[str, Tensor]
+
+
+class Case:
+    """One way to train: a model, its optimizer, and a step.
+
+    Args:
+        model: trained in place.
+        optimizer: None for the floor, which updates nothing.
+        before: runs before each step, outside the clock.
+        after: runs after each optimizer step, inside the clock.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.optimizer, self.before, self.after = model, optimizer, before, after
+
+    def step(self, batch: Batch) -> float:
+        """Run one step; return its process CPU seconds."""
+        self.before()
+        start = time.process_time()
+        self.model(**batch).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.after()
+        return time.process_time() - start
+
+    def saved_bytes(self, batch: Batch) -> int:
+        """Count the bytes that autograd keeps between forward and backward."""
+        own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _storage(tensor) not in own:
+                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.model(**batch).loss
+        del loss
+        return sum(kept.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def full(base: nn.Module) -> Case:
+    """Full fine-tuning, fused AdamW."""
+    return Case(base, torch.optim.AdamW(base.parameters(), lr=1e-5, fused=True))
+
+
+def lora(base: nn.Module) -> Case:
+    """Stock PEFT LoRA, r=16 on every linear layer but the head, fused AdamW."""
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Case(model, torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+
+def floor(base: nn.Module) -> Case:
+    """Forward and input gradients alone: what no method that trains every layer can undercut."""
+    base.requires_grad_(False)
+    base.enable_input_require_grads()
+    return Case(base, None)
+
+
+def spiel(base: nn.Module) -> Case:
+    """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
+    config = sft.SpielConfig(density=0.005, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    enter_resident(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Case(model, SparseAdamW(trained, lr=1e-4), after=lambda: sync_resident(model))
+
+
+def spiel_aside(base: nn.Module) -> Case:
+    """The same deltas with the base untouched: y = base(x) + x Delta^T."""
+    case = spiel(base)
+    for layer in delta_layers(case.model).values():
+        layer.leave_resident()
+    return case
+
+
+def spiel_window(base: nn.Module) -> Case:
+    """SpIEL-AG inside a window: the gradient at as many candidates is read too."""
+    case = spiel(base)
+    windows: list[Window] = []
+
+    def before() -> None:
+        if not windows:
+            for layer in delta_layers(case.model).values():
+                windows.append(_window(layer))
+
+    return Case(case.model, case.optimizer, before, after=_closing(case, windows))
+
+
+def spiel_window_start(base: nn.Module) -> Case:
+    """SpIEL-AG at the first update of a window: every gradient entry is looked at once."""
+    case = spiel(base)
+    windows: list[Window] = []
+
+    def before() -> None:
+        windows[:] = [_window(layer) for layer in delta_layers(case.model).values()]
+
+    return Case(case.model, case.optimizer, before, after=_closing(case, windows))
+
+
+def _window(layer: Any) -> Window:
+    return Window(layer.site("default"), include_active=False, whole_update=False)
+
+
+def _closing(case: Case, windows: list[Window]) -> Callable[[], None]:
+    def after() -> None:
+        case.after()
+        for window in windows:
+            window.close_update(1.0)
+
+    return after
+
+
+CASES = (full, lora, floor, spiel, spiel_window, spiel_window_start, spiel_aside)
+
+
+def measure(name: str, rounds: int, batch_size: int, length: int) -> dict[str, Any]:
+    """Return times, ratios and bytes of all cases."""
+    folder = folder_of(name) if not Path(name).is_dir() else Path(name)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, base.config.vocab_size, (batch_size, length))
+    batch = {"input_ids": ids, "labels": ids}
+    cases = {build.__name__: build(copy.deepcopy(base).train()) for build in CASES}
+    saved = {name: case.saved_bytes(batch) for name, case in cases.items()}
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, case in cases.items():
+            seconds = case.step(batch)
+            if turn:  # the first round warms up
+                times[name].append(seconds)
+    return _summary(times, saved)
+
+
+def _summary(times: dict[str, list[float]], saved: dict[str, int]) -> dict[str, Any]:
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    # one cycle of S=20, A=5: one window start, four updates in the window, fifteen outside
+    cycle = seconds["spiel_window_start"] + 4 * seconds["spiel_window"] + 15 * seconds["spiel"]
+    seconds["spiel_cycle_mean"] = cycle / 20
+    return {
+        "cpu_seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "to_lora": {name: round(value / seconds["lora"], 3) for name, value in seconds.items()},
+        "to_full": {name: round(value / seconds["full"], 3) for name, value in seconds.items()},
+        "ratio_of_pairs_to_lora": {
+            name: round(statistics.median(map(_divide, values, times["lora"])), 3)
+            for name, values in times.items()
+        },
+        "saved_mib": {name: round(value / 2**20, 1) for name, value in saved.items()},
+        "all_cpu_seconds": {n: [round(v, 4) for v in values] for n, values in times.items()},
+    }
+
+
+def _divide(a: float, b: float) -> float:
+    return a / b
+
+
+def profile(name: str, batch_size: int, length: int) -> dict[str, dict[str, float]]:
+    """Return the CPU milliseconds per step of the costliest operations, for LoRA and SpIEL."""
+    base = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32)
+    ids = torch.randint(0, base.config.vocab_size, (batch_size, length))
+    batch = {"input_ids": ids, "labels": ids}
+    found = {}
+    for build in (floor, lora, spiel):
+        case = build(copy.deepcopy(base).train())
+        case.step(batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+            for _ in range(3):
+                case.step(batch)
+        rows = sorted(run.key_averages(), key=lambda row: -row.self_cpu_time_total)[:14]
+        found[build.__name__] = {r.key: round(r.self_cpu_time_total / 3e3, 1) for r in rows}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="add a profile by operation")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/step.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    result = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
+    result["arguments"].pop("out")
+    result |= measure(args.model, args.rounds, args.batch_size, args.length)
+    if args.profile:
+        result["profile_ms"] = profile(args.model, args.batch_size, args.length)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for case, seconds in result["cpu_seconds"].items():
+        mib = result["saved_mib"].get(case, float("nan"))
+        to_lora, to_full = result["to_lora"][case], result["to_full"][case]
+        print(
+            f"{case:20} {seconds:7.3f} s  {to_lora:5.2f}x LoRA  {to_full:5.2f}x full  {mib:7.1f} MiB"
+        )
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
