@@ -19,7 +19,7 @@ from sft.optim.sm3 import SM3, Positions
 
 if TYPE_CHECKING:
     # TRL's trainers derive from this one too
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
