@@ -244,10 +244,8 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for case, seconds in result["cpu_seconds"].items():
         mib = result["saved_mib"].get(case, float("nan"))
-        to_lora, to_full = result["to_lora"][case], result["to_full"][case]
-        print(
-            f"{case:20} {seconds:7.3f} s  {to_lora:5.2f}x LoRA  {to_full:5.2f}x full  {mib:7.1f} MiB"
-        )
+        ratios = f"{result['to_lora'][case]:5.2f}x LoRA  {result['to_full'][case]:5.2f}x full"
+        print(f"{case:20} {seconds:7.3f} s  {ratios}  {mib:7.1f} MiB")
     print(f"written to {args.out}")
 
 

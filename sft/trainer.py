@@ -33,6 +33,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     """
 
     sparse_callback: SparseCallback
+    optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
