@@ -75,11 +75,7 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
             target = layer
         self._targets[current_key] = target
 
-    # -- several adapters, dtype, files ------------------------------------------------------
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+    # -- files -----------------------------------------------------------------------------
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
