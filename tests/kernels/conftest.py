@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def make_pattern() -> Callable[..., Any]:
+    """Build a pattern of k random positions; the same ones for the same arguments."""
+
+    def build(rows: int, cols: int, k: int, dtype: Any = None) -> Any:
+        import torch
+
+        from sft.kernels.pattern import Pattern
+
+        generator = torch.Generator().manual_seed(rows * 1009 + cols * 31 + k)
+        indices = torch.randperm(rows * cols, generator=generator)[:k].sort().values
+        return Pattern(indices.to(dtype or torch.int32), (rows, cols))
+
+    return build
+
+
+@pytest.fixture
+def make_site() -> Callable[..., Any]:
+    """Build what a layer tells backward: a pattern, a tap and a stamp that tests may change."""
+
+    @dataclass
+    class Spot:
+        pattern: Any
+        tap: Any = None
+        stamp: object = 0
+
+    return Spot

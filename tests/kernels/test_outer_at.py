@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sft.kernels import outer_at as module
+from sft.kernels.outer_at import outer_at, outer_at_reference, uses_sampled
+
+SHAPES = [  # tokens, rows, cols, k
+    (1, 1, 1, 1),
+    (1, 1, 1, 0),
+    (0, 5, 7, 3),
+    (3, 1, 9, 4),
+    (5, 9, 1, 4),
+    (13, 33, 17, 40),
+    (13, 33, 17, 33 * 17),
+    (64, 48, 63, 200),
+]
+
+
+@pytest.fixture(params=["sampled", "row blocks"])
+def path(request, monkeypatch):
+    """Force one path by the density threshold, blocks of few rows, and record the calls."""
+    monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": 1.0 if request.param == "sampled" else -1})
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    calls = []
+    for name in ("_sampled", "_row_blocks"):
+        real = getattr(module, name)
+
+        def spy(*args, name=name, real=real):
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, spy)
+    yield request.param
+    assert set(calls) <= {"_" + request.param.replace(" ", "_")}
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens, rows, cols, k", SHAPES)
+def test_fact06_equals_the_oracle(path, make_pattern, tokens, rows, cols, k, index_dtype) -> None:
+    torch.manual_seed(tokens)
+    left, right = torch.randn(tokens, rows), torch.randn(tokens, cols)
+    pattern = make_pattern(rows, cols, k, index_dtype)
+    got = outer_at(left, right, pattern)
+    assert (got.dtype, got.shape) == (torch.float32, (k,))
+    torch.testing.assert_close(
+        got, outer_at_reference(left, right, pattern), rtol=1e-5, atol=1e-5, msg=path
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fact06_other_dtypes_accumulate_widely(path, make_pattern, dtype) -> None:
+    torch.manual_seed(1)
+    left, right = torch.randn(700, 12).to(dtype), torch.randn(700, 9).to(dtype)
+    pattern = make_pattern(12, 9, 20)
+    got, expected = outer_at(left, right, pattern), outer_at_reference(left, right, pattern)
+    assert got.dtype == expected.dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_fact06_non_contiguous_operands(path, make_pattern) -> None:
+    torch.manual_seed(2)
+    left, right = torch.randn(24, 13).t()[:, ::2], torch.randn(13, 14)[:, ::2]
+    assert not left.is_contiguous() and not right.is_contiguous()
+    pattern = make_pattern(12, 7, 30)
+    expected = outer_at_reference(left, right, pattern)
+    torch.testing.assert_close(outer_at(left, right, pattern), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit, expected", [(1.0, "_sampled"), (-1, "_row_blocks")])
+def test_the_path_named_is_the_path_taken(monkeypatch, make_pattern, limit, expected) -> None:
+    monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": limit})
+    taken = []
+    for name in ("_sampled", "_row_blocks"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: taken.append(name))
+    outer_at(torch.randn(3, 4), torch.randn(3, 5), make_pattern(4, 5, 6))
+    assert taken == [expected]
+
+
+def test_the_path_is_a_rule_of_density_and_device(make_pattern) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert uses_sampled(make_pattern(100, 100, 1000), cpu)
+    assert not uses_sampled(make_pattern(100, 100, 1001), cpu)
+    assert uses_sampled(make_pattern(100, 100, 25), gpu)
+    assert not uses_sampled(make_pattern(100, 100, 26), gpu)
+
+
+def test_fact37_row_blocks_hold_one_block(monkeypatch, make_pattern, largest_tensor) -> None:
+    rows, cols, k = 512, 96, 600
+    monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": -1})
+    monkeypatch.setattr(module, "BLOCK_BYTES", 16 * cols * 4)
+    left, right, pattern = torch.randn(8, rows), torch.randn(8, cols), make_pattern(rows, cols, k)
+    assert left.numel() * 4 < rows * cols * 4 // 8
+    operands = left.numel() * 4
+    peak = largest_tensor(lambda: outer_at(left, right, pattern))
+    assert peak <= max(operands, 16 * cols * 4, 8 * k)
+    assert peak < rows * cols * 4 // 8
+
+
+def test_fact37_sampling_holds_what_the_pattern_holds(make_pattern, largest_tensor) -> None:
+    left, right, pattern = torch.randn(8, 512), torch.randn(8, 96), make_pattern(512, 96, 600)
+    peak = largest_tensor(lambda: outer_at(left, right, pattern))
+    assert peak <= max(left.numel() * 4, 8 * 600, 8 * 513)
+
+
+def test_the_reference_itself_by_hand(make_pattern) -> None:
+    left, right = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0], [7.0]])
+    assert outer_at_reference(left, right, make_pattern(2, 1, 2)).tolist() == [26.0, 38.0]
