@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sft.adapters.budget import allocate, allocate_reference
 from sft.adapters.config import SparseConfig
-from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.delta_layer import DeltaLayer, DeltaLinear
 from sft.adapters.dynamics import Dynamics
-from sft.adapters.geometry import layer_kind
+from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.loading import check_adapter_file
 from sft.adapters.select import Candidates, seeded, strategy
 
@@ -70,12 +70,21 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
     ) -> None:
         if not isinstance(target, DeltaLayer):
             _check_target(self.model, target, current_key)
-            layer = DeltaLayer(target, reference=peft_config.reference)
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            owner = DeltaLayer if layer_kind(base) is Kind.EMBEDDING else DeltaLinear
+            layer = owner(target, reference=peft_config.reference)
             self._replace_module(parent, target_name, layer, target)
             target = layer
         self._targets[current_key] = target
 
     # -- files -----------------------------------------------------------------------------
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep float32 deltas, or with `autocast_adapter_dtype=False` take the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.adapted_layers(adapter_name).values():
+                layer.cast_to_base(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -103,8 +112,11 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
         """
         return None
 
-    def layers(self, adapter_name: str) -> dict[str, DeltaLayer]:
-        """Return the layers that carry the adapter, by module name in the base model."""
+    def adapted_layers(self, adapter_name: str) -> dict[str, DeltaLayer]:
+        """Return the layers that carry the adapter, by module name in the base model.
+
+        Not `layers`: PEFT forwards such attributes to the base model, whose `layers` are its own.
+        """
         return {
             name: module
             for name, module in self.model.named_modules()

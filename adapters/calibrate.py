@@ -42,7 +42,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
     """
     tuner: DeltaTuner = model.base_model
     config = tuner.peft_config[adapter]
-    layers = tuner.layers(adapter)
+    layers = tuner.adapted_layers(adapter)
     chosen = strategy(config.selection)
     scores = {name: _Scores(chosen) for name in layers}
     training = model.training

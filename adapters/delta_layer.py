@@ -91,6 +91,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._sites[name] = DeltaSite(self, name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def cast_to_base(self, name: str) -> None:
+        """Give an adapter's deltas the dtype of the base weight, if that is a float."""
+        dtype, values = self.get_base_layer().weight.dtype, self.delta_values[name]
+        if dtype.is_floating_point:
+            cast = values.detach().to(dtype)
+            self.delta_values[name] = nn.Parameter(cast, requires_grad=values.requires_grad)
+
     def site(self, name: str) -> DeltaSite:
         """Return where the adapter's values lie, as backward and the gradient taps see it."""
         return self._sites[name]
@@ -285,6 +292,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Show kind, shape and the number of deltas by adapter."""
         counts = ", ".join(f"{n}={v.numel():,}" for n, v in self.delta_values.items())
         return f"{self.kind.value}, shape={self.shape}, deltas: {counts}"
+
+
+class DeltaLinear(DeltaLayer):
+    """The layer over a linear one: PEFT finds those of an adapted model by "Linear" in the name."""
 
 
 def _restore_first(layer: DeltaLayer, *_: Any) -> None:

@@ -93,7 +93,9 @@ class SpielModel(DeltaTuner):
         if config.growth == "none":
             return None
         kind = GradientGrowth if config.growth == "gradient" else MomentumGrowth
-        return kind(self.layers(adapter_name), adapter_name, config, config.schedule(total_steps))
+        return kind(
+            self.adapted_layers(adapter_name), adapter_name, config, config.schedule(total_steps)
+        )
 
 
 class _Growth:
