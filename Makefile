@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick lint types clean distclean
+.PHONY: help env quickstart test test-quick lint types conformance clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ lint: env  ## ruff: rules and format
 
 types: env  ## mypy --strict
 	@$(PHASE) mypy $(BIN)/python -m mypy --strict -p sft
+
+conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
+	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
 
 clean:  ## remove caches and build products, keep .venv and runs
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,182 @@
+"""PEFT's suites, pointed at our methods; `run.py` copies this file beside PEFT's tests.
+
+PEFT parametrises its tests by module-level lists. The decorators hold the very list objects, so
+that changing those in place before collection points the tests elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+
+from sft import SpielConfig
+from tests import (
+    test_config,
+    test_custom_models,
+    test_decoder_models,
+    test_encoder_decoder_models,
+    test_feature_extraction_models,
+    test_seq_classifier,
+)
+
+MODELS = Path(os.environ["CONFORMANCE_MODELS"])
+TINY = {
+    "vocab_size": 1200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OLDER = {"vocab_size": 1200, "d_model": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+T5 = {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+}
+
+
+def tiny(architecture: str, **fields: Any) -> str:
+    """Write a tiny model with random weights; return its folder, named as PEFT's tests expect."""
+    folder = MODELS / f"tiny-random-{architecture}"
+    if not folder.is_dir():
+        model_class = getattr(transformers, architecture)
+        torch.manual_seed(0)
+        model_class(model_class.config_class(**fields)).save_pretrained(folder)
+    return str(folder)
+
+
+def pointed(module: ModuleType, owner: str, lists: dict[str, list[Any]]) -> type:
+    """Replace the lists of a module; return its test class without the tests that ignore them."""
+    for name, content in lists.items():
+        getattr(module, name)[:] = content
+    replaced = [getattr(module, name) for name in lists]
+    return only(getattr(module, owner), replaced)
+
+
+def only(base: type, used: list[Any]) -> type:
+    """Return the test class without the tests that are not parametrised by one of `used`."""
+
+    def uses(test: Any) -> bool:
+        arguments = [a for mark in getattr(test, "pytestmark", []) for a in mark.args]
+        return any(a is wanted for a in arguments for wanted in used)
+
+    tests = [name for name in dir(base) if name.startswith("test_")]
+    dropped = {name: None for name in tests if not uses(getattr(base, name))}
+    return type(base.__name__, (base,), dropped)
+
+
+def configs(task: str, targets: list[str] | None = None) -> list[tuple[type, dict[str, Any]]]:
+    """Return what every model is tested with: growth as shipped, and a static support."""
+    shared = {"task_type": task, "target_modules": targets, "density": 0.1}
+    return [(SpielConfig, shared), (SpielConfig, shared | {"growth": "none"})]
+
+
+TestPeftCustomModel = pointed(
+    test_custom_models,
+    "TestPeftCustomModel",
+    {
+        "TEST_CASES": [
+            (name, model, SpielConfig, {"density": 0.5, "target_modules": targets, **more})
+            for name, model, targets, more in [
+                ("MLP 1", "MLP", "lin0", {}),
+                ("MLP 2", "MLP", ["lin0"], {}),
+                ("MLP 3", "MLP", ["lin1"], {"selection": "magnitude"}),
+                ("MLP 4", "MLP", ["lin0", "lin1"], {"growth": "none"}),
+                ("MLP 5", "MLP", ["lin0"], {"modules_to_save": ["lin1"]}),
+                ("Embedding + Conv1D 1", "EmbConv1D", ["conv1d"], {}),
+                ("Embedding + Conv1D 2", "EmbConv1D", ["emb"], {}),
+                ("Embedding + Conv1D 3", "EmbConv1D", ["emb", "conv1d"], {}),
+            ]
+        ],
+        "ALL_PEFT_CONFIG_CLASSES": [SpielConfig],
+    },
+)
+
+_RANDOM = {"density": 0.5, "init_weights": False}
+TestMultipleActiveAdapters = pointed(
+    test_custom_models,
+    "TestMultipleActiveAdapters",
+    {
+        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
+            (name, "spiel", SpielConfig, *({"target_modules": [t], **_RANDOM} for t in targets))
+            for name, targets in {"Same": ("lin0", "lin0"), "Different": ("lin0", "lin1")}.items()
+        ]
+    },
+)
+
+TestDecoderModels = pointed(
+    test_decoder_models,
+    "TestDecoderModels",
+    {
+        "PEFT_DECODER_MODELS_TO_TEST": [
+            tiny("LlamaForCausalLM", **TINY, num_key_value_heads=2),
+            tiny("Qwen2ForCausalLM", **TINY, num_key_value_heads=2),
+            tiny("GPT2LMHeadModel", **TINY, tie_word_embeddings=True),
+        ],
+        "ALL_CONFIGS": configs("CAUSAL_LM"),
+    },
+)
+
+TestEncoderDecoderModels = pointed(
+    test_encoder_decoder_models,
+    "TestEncoderDecoderModels",
+    {
+        "PEFT_ENCODER_DECODER_MODELS_TO_TEST": [
+            tiny("T5ForConditionalGeneration", **OLDER, **T5),
+            tiny("BartForConditionalGeneration", **OLDER, **BART),
+        ],
+        "ALL_CONFIGS": configs("SEQ_2_SEQ_LM"),
+    },
+)
+
+TestPeftFeatureExtractionModel = pointed(
+    test_feature_extraction_models,
+    "TestPeftFeatureExtractionModel",
+    {
+        "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST": [
+            tiny("BertModel", **TINY),
+            tiny("RobertaModel", **TINY),
+        ],
+        # not the pooler: the tests' loss leaves it out, and they want a gradient everywhere
+        "ALL_CONFIGS": configs("FEATURE_EXTRACTION", ["query", "value"]),
+    },
+)
+
+TestSequenceClassificationModels = pointed(
+    test_seq_classifier,
+    "TestSequenceClassificationModels",
+    {
+        "PEFT_SEQ_CLS_MODELS_TO_TEST": [
+            tiny("BertForSequenceClassification", **TINY),
+            tiny("LlamaForSequenceClassification", **TINY, num_key_value_heads=2),
+        ],
+        "ALL_CONFIGS": configs("SEQ_CLS"),
+    },
+)
+
+
+def _config_suite() -> type:
+    # this one's list is a tuple, so the marks are rewritten instead
+    old, new = test_config.ALL_CONFIG_CLASSES, [(SpielConfig, {})]
+    owner = test_config.TestPeftConfig
+    for name in dir(owner):
+        for mark in getattr(getattr(owner, name), "pytestmark", []):
+            if any(argument is old for argument in mark.args):
+                object.__setattr__(mark, "args", (mark.args[0], new))
+    # these read a repository of the Hub
+    for name in ("", "_cache_dir"):
+        setattr(owner, f"test_from_pretrained{name}", None)
+    owner.test_save_pretrained_with_runtime_config = None
+    return only(owner, [new])
+
+
+TestPeftConfig = _config_suite()
