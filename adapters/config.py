@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from sft.adapters.budget import Budget
+from sft.adapters.registry import register_all
 from sft.adapters.select import ORDERS, strategy
 
 DEFAULT_DENSITY = 0.005
@@ -53,6 +54,7 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
     init_weights: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
+        register_all()
         super().__post_init__()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

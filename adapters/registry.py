@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import cast
-
-from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+from typing import TYPE_CHECKING, cast
 
 import sft.adapters.methods as family
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def method_names() -> list[str]:
@@ -32,10 +31,15 @@ def config_class(name: str) -> type[PeftConfig]:
 
 def register_all() -> None:
     """Make every method known to `peft.get_peft_model` and `PeftModel.from_pretrained`."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import register_peft_method
+
     for name in method_names():
         if name.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
             _extend_peft_type(name.upper())
             module = _module(name)
+            if not hasattr(module, "Model"):
+                continue  # this very method is importing PEFT; its configuration registers it
             register_peft_method(
                 name=name,
                 config_cls=module.Config,
@@ -45,11 +49,15 @@ def register_all() -> None:
 
 
 def _module(name: str) -> ModuleType:
+    # PEFT first: registration follows its import, and would meet a method that is half imported
+    importlib.import_module("peft")
     return importlib.import_module(f"{family.__name__}.{name}")
 
 
 def _extend_peft_type(name: str) -> None:
     """Add a member to PEFT's enum of methods: there is no public way for a package of its own."""
+    from peft import PeftType
+
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)

@@ -28,6 +28,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name's home on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sft' has no attribute {name!r}")
+    # first of all, or registration would meet a method that is half imported
+    importlib.import_module("peft")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
