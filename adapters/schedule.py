@@ -40,11 +40,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         require("reselect_every", self.every, self.every >= 1, "a whole number of at least 1")
-        inside = 1 <= self.window <= self.every
-        require("window", self.window, inside, f"1 to reselect_every ({self.every})")
+        # the authors' later windows are one update longer, and must not reach into the one before
+        longest = self.every - 1 if self.reference else self.every
+        inside = 1 <= self.window <= longest
+        require("window", self.window, inside, f"1 to {self._longest_is} ({longest})")
         require("replace_fraction", self.fraction, 0 <= self.fraction <= 1, "0 to 1")
         require("replace_schedule", self.policy, self.policy in POLICIES, " or ".join(POLICIES))
         require("stop_fraction", self.stop_fraction, 0 <= self.stop_fraction <= 1, "0 to 1")
+
+    @property
+    def _longest_is(self) -> str:
+        return "reselect_every - 1 with reference=True" if self.reference else "reselect_every"
 
     def reselects_after(self, step: int) -> bool:
         """Tell whether the support changes after update `step`."""
@@ -62,10 +68,11 @@ class Schedule:
         """Share of the deltas replaced at the reselection after update `step`."""
         if self.first_full and step == self.window and not self._cosine_reference:
             return 1.0
-        progress = step / max(1, self.total)
+        total = max(1, self.total)
         if self.policy == "linear":
-            return self.fraction * (1 - progress)
-        return self.fraction * (1 + math.cos(math.pi * progress)) / 2
+            # multiplied first: 1 - t/T rounds, and k * p would fall below a whole number
+            return self.fraction * (total - step) / total
+        return self.fraction * (1 + math.cos(math.pi * step / total)) / 2
 
     @property
     def _cosine_reference(self) -> bool:
