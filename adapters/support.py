@@ -12,6 +12,7 @@ from sft.kernels.pattern import index_dtype
 
 # Entries of a weight that its fingerprint reads.
 FINGERPRINT_SAMPLE = 256
+_FINGERPRINTED = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_indices(indices: Tensor, shape: tuple[int, int], where: str) -> None:
@@ -49,9 +50,10 @@ def fingerprint(weight: Tensor) -> int:
     """Return a 63-bit checksum of a weight's shape and of evenly spaced entries.
 
     Entries are rounded to bfloat16 first, so that one checkpoint loaded in float32 or bfloat16
-    counts as the same base. Quantised or meta weights give 0, which matches anything.
+    counts as the same base. Float16 rounds otherwise (its small numbers lose bits that bfloat16
+    keeps), so these weights, quantised and meta ones give 0, which matches anything.
     """
-    if not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+    if weight.dtype not in _FINGERPRINTED or weight.is_meta or weight.numel() == 0:
         return 0
     step = max(1, weight.numel() // FINGERPRINT_SAMPLE)
     sample = weight.detach().reshape(-1)[::step][:FINGERPRINT_SAMPLE]
