@@ -38,7 +38,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
         The number of batches read.
 
     Raises:
-        ValueError: there are no batches, or they give no loss.
+        ValueError: there are no batches, they give no loss, or no gradient reaches a layer.
     """
     tuner: DeltaTuner = model.base_model
     config = tuner.peft_config[adapter]
@@ -56,6 +56,12 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
             layer.site(adapter).tap = None
         model.train(training)
         model.zero_grad(set_to_none=True)
+    unseen = [name for name in layers if scores[name].total is None]
+    if unseen:
+        raise ValueError(
+            f"calibration: {unseen[0]!r} got no gradient from {count} batches ({len(unseen)} such "
+            "modules); leave it out with exclude_modules or choose selection='random'"
+        )
     for name, layer in layers.items():
         values = layer.delta_values[adapter]
         found = candidates(layer, name, config, scores[name].total)
