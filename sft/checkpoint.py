@@ -33,7 +33,12 @@ def save_state(folder: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
     # safetensors refuses two names for one storage
     flat = {name: tensor.clone() for name, tensor in flat.items()}
     safetensors.torch.save_file(flat, folder / TENSORS, metadata={"format": "pt"})
-    files = {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and p.name != MARK}
+    # adapters that aren't called "default" lie in folders of their own
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MARK
+    }
     content = json.dumps({"format": FORMAT, **notes, "files": files}, indent=1, default=str)
     temporary = folder / f".{MARK}"
     temporary.write_text(content)
@@ -54,8 +59,8 @@ def check_whole(folder: Path) -> dict[str, Any]:
     """Return the notes of a checkpoint, after checking that every file of it is there.
 
     Raises:
-        ValueError: the mark is missing, of another format, or names a file that is missing or of
-            another size.
+        ValueError: the mark is missing, damaged or of another format, names a file that is missing
+            or of another size, or says that the optimizer's state was not saved.
     """
     if not folder.is_dir():
         raise ValueError(f"resume_from_checkpoint: {folder} is not a folder")
@@ -65,7 +70,12 @@ def check_whole(folder: Path) -> dict[str, Any]:
             f"resume_from_checkpoint: {folder} has no {MARK}, so it was cut short or not written "
             "by SparseTrainer; resume from an earlier checkpoint"
         )
-    notes: dict[str, Any] = json.loads(mark.read_text())
+    try:
+        notes: dict[str, Any] = json.loads(mark.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {mark} is damaged ({error}); resume from another checkpoint"
+        ) from error
     if notes.get("format") != FORMAT:
         raise ValueError(
             f"resume_from_checkpoint: {mark} has format {notes.get('format')}, allowed is {FORMAT}"
@@ -78,6 +88,11 @@ def check_whole(folder: Path) -> dict[str, Any]:
                 f"resume_from_checkpoint: {path} has {found} bytes, {size} were written; the "
                 "checkpoint is damaged, resume from another"
             )
+    if not notes.get("resumable", True):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} was saved with save_only_model=True, without the "
+            "optimizer's state; load its adapter with PeftModel.from_pretrained instead"
+        )
     return notes
 
 
