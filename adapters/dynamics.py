@@ -47,6 +47,9 @@ class Dynamics(Protocol):
     def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
         """Return what changed after update `step`; the supports are in place already."""
 
+    def close(self) -> None:
+        """Stop listening to backward: the training has ended, perhaps inside a window."""
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors an interrupted run needs to continue."""
 

@@ -32,7 +32,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
 
         Trainer(model=model, args=args, train_dataset=ds, callbacks=[SparseCallback()]).train()
 
-    A model without a sparse adapter is left alone.
+    A model without a sparse adapter is left alone. A Trainer tells its callbacks nothing of an
+    error: `with sft.resident(model): trainer.train()` restores the base even then.
 
     Args:
         resume_from_checkpoint: the folder a resumed run continues from; by default
@@ -63,22 +64,19 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         tuner = sparse_tuner(model)
         if tuner is None:
             return
-        enter_resident(model)
-        if state.global_step == 0:
-            _calibrate_pending(model, kwargs["train_dataloader"])
-        self._dynamics = {}
+        self._dynamics, self.replaced = {}, {}
         for name in tuner.active_adapters:
             dynamics = tuner.dynamics(name, state.max_steps)
             if dynamics is not None:
                 self._dynamics[name] = dynamics
-        if self._dynamics and args.world_size > 1:
-            raise ValueError(
-                f"growth: got a changing support on {args.world_size} processes, whose gradients "
-                "would choose different positions; set growth='none' or run one process"
-            )
+        # whatever is refused is refused before a weight is written
+        _check_processes(model, changing=bool(self._dynamics), count=args.world_size)
         _check_accumulators(tuner, kwargs["optimizer"])
+        enter_resident(model)
         if state.global_step > 0:
             self._resume(args, state, model)
+        else:
+            _calibrate_pending(model, kwargs["train_dataloader"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -161,6 +159,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             "support_sha256": model_support_hash(model),
             "base_fingerprint": base_fingerprint(model),
             "versions": {name: version(name) for name in PACKAGES},
+            "resumable": not args.save_only_model,
             **self.notes,
         }
         save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", tensors, notes)
@@ -174,6 +173,13 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Leave resident mode: the base is pre-trained again, bit for bit."""
+        self.finish(model)
+
+    def finish(self, model: nn.Module) -> None:
+        """Stop listening to backward and leave resident mode, whatever ended the training."""
+        for dynamics in self._dynamics.values():
+            dynamics.close()
+        self._dynamics = {}
         leave_resident(model)
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
@@ -231,6 +237,20 @@ def _calibrate_pending(model: nn.Module, batches: Any) -> None:
         with torch.random.fork_rng():
             count = calibrate(model, batches, name)
         logger.info("adapter %s: support chosen by %d batches", name, count)
+
+
+def _check_processes(model: nn.Module, *, changing: bool, count: int) -> None:
+    """Refuse what would let every process choose by its own gradients."""
+    if count > 1 and changing:
+        raise ValueError(
+            f"growth: got a changing support on {count} processes, whose gradients "
+            "would choose different positions; set growth='none' or run one process"
+        )
+    if count > 1 and pending_adapters(model):
+        raise ValueError(
+            f"selection: got a calibrated one on {count} processes, whose batches would choose "
+            "different positions; call sft.calibrate on one process first, or run one process"
+        )
 
 
 def _check_accumulators(tuner: DeltaTuner, optimizer: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sft.adapters.base import DeltaTuner
-from sft.adapters.resident import delta_layers, leave_resident
+from sft.adapters.resident import delta_layers
 from sft.checkpoint import check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback, sparse_tuner
 from sft.optim.adamw import SparseAdamW
@@ -37,8 +37,10 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.sparse_callback = SparseCallback()
-        self.add_callback(self.sparse_callback)
+        given = [c for c in self.callback_handler.callbacks if isinstance(c, SparseCallback)]
+        self.sparse_callback = given[0] if given else SparseCallback()
+        if not given:
+            self.add_callback(self.sparse_callback)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -63,14 +65,19 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            leave_resident(self.model)
+            self.sparse_callback.finish(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Create the optimizer that the method asks for, unless one was given or named."""
         tuner = sparse_tuner(self.model)
-        if tuner is not None and self.optimizer_cls_and_kwargs is None:
+        given = self.optimizer_cls_and_kwargs
+        if tuner is not None and given is None:
             self.optimizer_cls_and_kwargs = method_optimizer(tuner, self.args)
-        return super().create_optimizer(model)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            # the next run may have another model or learning rate
+            self.optimizer_cls_and_kwargs = given
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -117,6 +124,9 @@ def method_optimizer(
         tuner: its active adapter's configuration names the optimizer.
         args: give learning rate, betas and epsilon; an `optim` other than the default wins over
             "auto".
+
+    Raises:
+        ValueError: `args.optim_args` are given for an optimizer of ours, which takes none.
     """
     config = tuner.peft_config[tuner.active_adapters[0]]
     name = getattr(config, "optimizer", "auto")
@@ -126,6 +136,11 @@ def method_optimizer(
         name = "sm3" if momentum else ("trainer" if named else "adamw")
     if name == "trainer":
         return None
+    if args.optim_args:
+        raise ValueError(
+            f"optim_args: got {args.optim_args!r}, which {name} of the method does not take; "
+            "set the method's optimizer='trainer' to use the one that optim names"
+        )
     if name == "sm3":
         return SM3, {"lr": args.learning_rate, "positions": _positions(tuner)}
     return SparseAdamW, {

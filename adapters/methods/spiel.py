@@ -10,8 +10,9 @@ bfloat16, and drop, merge and resume are exact; `reference=True` keeps their cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class SpielConfig(SparseConfig):
         window: updates of gradients accumulated before one, 1 <= window <= reselect_every.
         replace_fraction: share of the deltas replaced, at the start of the schedule.
         replace_schedule: "linear" or "cosine" decay of that share.
-        first_full: replace all deltas at the first reselection: the random start is a placeholder.
+        first_full: replace all deltas at the first reselection, as the random start is a
+            placeholder; not where training goes on from deltas that were trained before.
         stop_fraction: no reselection after this share of the run.
         candidates_from: "micro_batch" chooses candidates by the first backward pass of a window;
             "update" by its first whole update, which makes them independent of gradient
@@ -92,10 +94,11 @@ class SpielModel(DeltaTuner):
         config: SpielConfig = self.peft_config[adapter_name]
         if config.growth == "none":
             return None
+        layers, schedule = self.adapted_layers(adapter_name), config.schedule(total_steps)
+        if any(bool(layer.delta_values[adapter_name].any()) for layer in layers.values()):
+            schedule = replace(schedule, first_full=False)
         kind = GradientGrowth if config.growth == "gradient" else MomentumGrowth
-        return kind(
-            self.adapted_layers(adapter_name), adapter_name, config, config.schedule(total_steps)
-        )
+        return kind(layers, adapter_name, config, schedule)
 
 
 class _Growth:
@@ -116,12 +119,16 @@ class _Growth:
     def after_gradients(self, scale: float) -> None:
         """Nothing to take in."""
 
+    def close(self) -> None:
+        """Nothing listens."""
+
     def state(self) -> dict[str, Tensor]:
-        """No tensors: everything follows from the step."""
-        return {}
+        """Return what doesn't follow from the step: whether the run began with a placeholder."""
+        return {"first_full": torch.tensor(self.schedule.first_full)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take nothing back."""
+        """Take the tensors of `state` back."""
+        self.schedule = replace(self.schedule, first_full=bool(tensors["first_full"]))
 
     def _num_replaced(self, layer: DeltaLayer, step: int) -> int:
         return int(layer.delta_values[self.adapter].numel() * self.schedule.replaced(step))
@@ -195,9 +202,14 @@ class GradientGrowth(_Growth):
             updates=window.updates,
         )
 
+    def close(self) -> None:
+        """Close the windows that are open."""
+        for window in self.windows.values():
+            window.close()
+
     def state(self) -> dict[str, Tensor]:
-        """Return the open windows' tensors as `module/part`."""
-        return {
+        """Return the open windows' tensors as `module/part`, and what every growth keeps."""
+        return super().state() | {
             f"{name}/{part}": tensor
             for name, window in self.windows.items()
             for part, tensor in window.state().items()
@@ -205,7 +217,8 @@ class GradientGrowth(_Growth):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Reopen the windows that were open."""
-        if not tensors:
+        super().load_state(tensors)
+        if not any("/" in name for name in tensors):
             return
         self._open(whole=self.config.candidates_from == "update")
         for name, window in self.windows.items():

@@ -1,0 +1,139 @@
+"""Any optimizer on the same leaves: what it moved is what the model multiplies with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+STOCK = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit", "lion_8bit"]
+
+
+class InSync(TrainerCallback):
+    """After each update W holds the originals plus the deltas, at every support."""
+
+    def __init__(self, pristine):
+        self.pristine, self.checks = pristine, 0
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        self.check(model)
+
+    def on_step_end(self, args, state, control, model, **_):
+        self.check(model)
+
+    def check(self, model):
+        from sft.adapters.resident import delta_layers
+
+        for name, layer in delta_layers(model).items():
+            original = self.pristine[name.removeprefix("base_model.model.") + ".weight"]
+            delta = layer.get_delta_weight("default")
+            assert torch.equal(layer.get_base_layer().weight, original + delta), name
+        self.checks += 1
+
+
+@pytest.mark.parametrize("optim", STOCK)
+def test_stock_optimizers_train_across_reselections(lab, optim):
+    if "bit" in optim:
+        pytest.importorskip("bitsandbytes")
+    base = lab.base()
+    watch = InSync(lab.weights(base))
+    trainer = lab.trainer(
+        base=base,
+        optimizer="trainer",
+        optim=optim,
+        learning_rate={"sgd": 1.0, "lion_8bit": 3e-3}.get(optim, 1e-2),
+    )
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.checks == 24
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sorted(trainer.sparse_callback.replaced) == [2, 6, 10]
+    assert "Sparse" not in type(trainer.optimizer.optimizer).__name__
+
+
+def test_what_is_merged_is_what_was_trained(lab):
+    run = lab.run(optimizer="trainer", optim="adamw_torch_fused")
+    batch = torch.tensor(lab.dataset(4)["input_ids"])
+    from sft import resident
+
+    with torch.no_grad(), resident(run.model):
+        trained = run.model(input_ids=batch).logits
+    merged = run.model.merge_and_unload()
+    with torch.no_grad():
+        assert torch.equal(merged(input_ids=batch).logits, trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "SparseAdamW"),
+        ({"growth": "momentum"}, "SM3"),
+        ({"optim": "sgd"}, "SGD"),
+        ({"optim": "sgd", "growth": "momentum"}, "SM3"),
+        ({"optim": "sgd", "optimizer": "adamw"}, "SparseAdamW"),
+        ({"optimizer": "trainer"}, "AdamW"),
+        ({"optimizer": "sm3", "growth": "none"}, "SM3"),
+    ],
+)
+def test_who_chooses_the_optimizer(lab, settings, name):
+    trainer = lab.trainer(**settings)
+    assert type(trainer.create_optimizer()).__name__ == name
+
+
+def test_an_optimizer_that_was_passed_is_kept(lab):
+    model = lab.adapted()
+    mine = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    trainer = lab.trainer(model=model, trainer={"optimizers": (mine, None)})
+    trainer.train()
+    assert trainer.optimizer.optimizer is mine
+    theirs = lab.trainer(trainer={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})})
+    assert type(theirs.create_optimizer()) is torch.optim.SGD
+
+
+def test_settings_reach_the_optimizer(lab):
+    trainer = lab.trainer(
+        learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-5, weight_decay=0.3
+    )
+    groups = trainer.create_optimizer().param_groups
+    decayed = [group for group in groups if group["params"]]
+    assert len(decayed) == 1
+    found = {key: decayed[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
+    assert found == {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+
+
+def test_a_new_model_and_learning_rate_reach_the_next_optimizer(lab):
+    """As in a hyperparameter search: model_init makes another model for every run."""
+    trainer = lab.trainer(
+        learning_rate=0.05, trainer={"model_init": lambda: lab.adapted(growth="momentum")}
+    )
+    for rate in (0.05, 0.02):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        optimizer = trainer.optimizer.optimizer
+        assert optimizer.param_groups[0]["initial_lr"] == rate
+        for name, parameter in trainer.model.named_parameters():
+            if "delta_values" in name:
+                assert optimizer.accumulators(parameter) is not None, name
+
+
+@pytest.mark.parametrize("given", ["adamw", "trainer"])
+def test_growth_by_momentum_needs_sm3(lab, given):
+    with pytest.raises(ValueError, match=r"^(optimizer|growth): ") as caught:
+        lab.trainer(growth="momentum", optimizer=given).train()
+    assert "\n" not in str(caught.value)
+    assert "sm3" in str(caught.value).lower()
+
+
+def test_a_stock_trainer_cannot_grow_by_momentum(lab, assert_equal):
+    from transformers import Trainer
+
+    from sft import SparseCallback
+
+    base = lab.base()
+    pristine = lab.weights(base)
+    model = lab.adapted(base, growth="momentum", init_weights=False)
+    trainer = lab.trainer(model=model, cls=Trainer, trainer={"callbacks": [SparseCallback()]})
+    with pytest.raises(ValueError, match=r"^growth: 'momentum' reads SM3's"):
+        trainer.train()
+    assert_equal(lab.weights(model), pristine)
