@@ -77,6 +77,14 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
             target = layer
         self._targets[current_key] = target
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Give the base back, merged or not: no layer that goes may leave deltas in its weight."""
+        for module in self.model.modules():
+            if isinstance(module, DeltaLayer):
+                module.leave_resident()
+        base: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        return base
+
     # -- files -----------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

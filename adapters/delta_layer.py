@@ -66,7 +66,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._merges = MergeStack()
         self._sites: dict[str, DeltaSite] = {}
-        self._residency = Residency(lambda: self.get_base_layer().weight, reference=reference)
+        self._residency = Residency(self, reference=reference)
         # Whatever reads or replaces the base must meet the pre-trained weight.
         self.register_load_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from sft.kernels.compose import compose
 from sft.kernels.gather import gather
 from sft.kernels.write import write_
+
+if TYPE_CHECKING:
+    from sft.adapters.delta_layer import DeltaLayer
 
 Key = tuple[str, int, int, int]
 
@@ -23,18 +26,22 @@ class Residency:
     Every write is an assignment from the stash and the fp32 values, so nothing drifts.
 
     Args:
-        weight: returns the base weight as it is now.
+        layer: whose base weight it is. A copy of the layer copies this along with it.
         reference: round as SpIEL's authors do (see `compose`).
     """
 
-    def __init__(self, weight: Callable[[], Tensor], *, reference: bool) -> None:
+    def __init__(self, layer: DeltaLayer, *, reference: bool) -> None:
         self.enabled = False
         self.key: Key | None = None
-        self._weight = weight
+        self._layer = layer
         self._reference = reference
         self._forced = 0
         self._indices: Tensor | None = None
         self._stash: Tensor | None = None
+
+    def _weight(self) -> Tensor:
+        weight: Tensor = self._layer.get_base_layer().weight
+        return weight
 
     def write(self, name: str, indices: Tensor, values: Tensor) -> None:
         """Bring W to the effective weight of this adapter; nothing to do when it is there.
@@ -81,4 +88,6 @@ def obstacle(base: nn.Module) -> str | None:
         return f"{type(base).__name__} has a forward of its own"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "it carries hooks"
+    if getattr(base, "max_norm", None) is not None:
+        return "max_norm rescales its rows in forward"
     return None
