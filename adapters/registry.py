@@ -38,8 +38,6 @@ def register_all() -> None:
         if name.upper() not in PEFT_TYPE_TO_CONFIG_MAPPING:
             _extend_peft_type(name.upper())
             module = _module(name)
-            if not hasattr(module, "Model"):
-                continue  # this very method is importing PEFT; its configuration registers it
             register_peft_method(
                 name=name,
                 config_cls=module.Config,

@@ -20,7 +20,14 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("sft.adapters.registry").register_all()
+    # a module of ours that imports PEFT is half imported now; then our configurations register
+    if not any(_half_imported(name) for name in tuple(sys.modules)):
+        importlib.import_module("sft.adapters.registry").register_all()
+
+
+def _half_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return name.startswith("sft.adapters.") and getattr(spec, "_initializing", False)
 
 
 class _PeftFinder(importlib.abc.MetaPathFinder):

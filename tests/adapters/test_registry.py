@@ -12,6 +12,8 @@ FIRST_IMPORTS = [
     "from sft import SpielConfig",
     "import sft.adapters.registry",
     "from sft.adapters.methods.spiel import SpielConfig",
+    "from sft.adapters.resident import delta_layers",
+    "from sft.adapters import registry; registry.config_class('spiel')",
 ]
 
 
@@ -53,6 +55,7 @@ def test_an_unknown_method_is_refused() -> None:
 def test_registering_twice_changes_nothing() -> None:
     from peft import PeftType
 
+    registry.register_all()
     before = list(PeftType)
     registry.register_all()
     assert list(PeftType) == before
