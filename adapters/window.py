@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sft.adapters.site import DeltaSite
+from sft.adapters.support import as_indices
 from sft.kernels.outer import Outer
 from sft.kernels.outer_at import rows_per_block
 from sft.kernels.pattern import Pattern
@@ -54,7 +55,7 @@ class Window:
         if self._candidates is None:
             active = self._site.pattern
             chosen = topk_outer(outer, len(active), None if self._include_active else active)
-            self._candidates = Pattern(chosen, active.shape)
+            self._candidates = _pattern(chosen, active)
         gradient = outer.at(self._candidates)
         self._update = gradient if self._update is None else self._update + gradient
 
@@ -89,7 +90,7 @@ class Window:
             scores.index_fill_(0, active.indices.long(), float("-inf"))
         chosen = top_k(scores, len(active))
         chosen = chosen[torch.isfinite(scores[chosen])]
-        self._candidates = Pattern(chosen, active.shape)
+        self._candidates = _pattern(chosen, active)
         self._update, self._dense = self._dense[chosen], None
 
     def close(self) -> None:
@@ -112,6 +113,10 @@ class Window:
             shape = self._site.pattern.shape
             self._candidates = Pattern(tensors["candidates"], shape)
             self.total, self.total_square = tensors["total"], tensors["total_square"]
+
+
+def _pattern(chosen: Tensor, active: Pattern) -> Pattern:
+    return Pattern(as_indices(chosen, active.shape, chosen.device), active.shape)
 
 
 def _add_dense(dense: Tensor | None, outer: Outer) -> Tensor:
