@@ -113,6 +113,7 @@ def test_an_adapter_folder_loads_with_stock_peft_after_importing_sft(saved):
         f"""
         import importlib.util, sft, torch
         assert importlib.util.find_spec("peft")
+        from sft import resident  # imports PEFT while a module of ours is half imported
         from pathlib import Path
         from peft import AutoPeftModelForCausalLM, PeftModel
         from transformers import AutoModelForCausalLM
