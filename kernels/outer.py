@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -95,3 +96,42 @@ class LookupOuter:
         inside = (rows >= start) & (rows < stop)
         dense = sums.new_zeros(stop - start, sums.shape[1])
         return dense.index_copy_(0, rows[inside] - start, sums[inside])
+
+
+def token_last(tensor: Tensor) -> Tensor:
+    """Return a (tokens, n) tensor whose tokens lie side by side in memory, as dot products want."""
+    return widen(tensor).t().contiguous().t()
+
+
+class SharedInput:
+    """One transposition for all the layers that read one input: q, k and v; gate and up.
+
+    Each reader announces itself in forward and takes the input in backward; the transposed copy
+    lives from the first of them to the last.
+    """
+
+    def __init__(self) -> None:
+        self._readers = 0
+        self._transposed: Tensor | None = None
+
+    def announce(self) -> None:
+        """Count one more reader."""
+        self._readers += 1
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return x, (tokens, n), with its tokens side by side."""
+        transposed = token_last(x) if self._transposed is None else self._transposed
+        self._readers -= 1
+        self._transposed = transposed if self._readers > 0 else None
+        return transposed
+
+
+_latest: tuple[weakref.ref[Tensor], SharedInput] | None = None
+
+
+def shared_input(x: Tensor) -> SharedInput:
+    """Return what the readers of this very tensor share; readers follow one another in forward."""
+    global _latest
+    if _latest is None or _latest[0]() is not x:
+        _latest = (weakref.ref(x), SharedInput())
+    return _latest[1]

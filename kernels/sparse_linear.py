@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft.kernels.outer import DenseOuter, Outer
-from sft.kernels.outer_at import widen
+from sft.kernels.outer import DenseOuter, Outer, SharedInput, shared_input, token_last
+from sft.kernels.outer_at import uses_sampled, widen
 from sft.kernels.pattern import Pattern
 
 Tap = Callable[[Outer], None]
@@ -56,8 +56,9 @@ def resident_linear(
     Raises:
         RuntimeError: in backward, when the weight's content is not what forward multiplied with.
     """
+    shared = shared_input(x)
     x, bias = _autocast(x), _autocast(bias)
-    y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, conv1d)  # type: ignore[no-untyped-call]
+    y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -73,8 +74,9 @@ def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tens
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
     """
+    shared = shared_input(x)
     x = _autocast(x)
-    y: Tensor = _DeltaLinear.apply(x, values, site, conv1d)  # type: ignore[no-untyped-call]
+    y: Tensor = _DeltaLinear.apply(x, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -96,12 +98,14 @@ class _ResidentLinear(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         site: Site,
+        shared: SharedInput,
         conv1d: bool,
     ) -> Tensor:
         needs_x = ctx.needs_input_grad[0]
         needs_values = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_values else None, weight if needs_x else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        ctx.shared = _announced(shared, needs_values)
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
 
     @staticmethod
@@ -114,17 +118,20 @@ class _ResidentLinear(torch.autograd.Function):
             weight = weight.to(grad.dtype)
             dx = grad @ (weight.t() if ctx.conv1d else weight)
         if x is not None:
-            dvalues = _values_grad(ctx.site, x, grad, ctx.conv1d).to(values.dtype)
+            dvalues = _values_grad(ctx, x, grad).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = grad.sum(dim=tuple(range(grad.dim() - 1)))
-        return dx, None, dbias, dvalues, None, None
+        return dx, None, dbias, dvalues, None, None, None
 
 
 class _DeltaLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, site: Site, conv1d: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, site: Site, shared: SharedInput, conv1d: bool
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        ctx.shared = _announced(shared, ctx.needs_input_grad[1])
         return _times_delta(x, values, site.pattern, to_rows=not conv1d)
 
     @staticmethod
@@ -136,8 +143,8 @@ class _DeltaLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
         if x is not None:
-            dvalues = _values_grad(ctx.site, x, grad, ctx.conv1d).to(values.dtype)
-        return dx, dvalues, None, None
+            dvalues = _values_grad(ctx, x, grad).to(values.dtype)
+        return dx, dvalues, None, None, None
 
 
 def check_stamp(ctx: Any) -> None:
@@ -149,21 +156,25 @@ def check_stamp(ctx: Any) -> None:
         )
 
 
-def _values_grad(site: Site, x: Tensor, grad: Tensor, conv1d: bool) -> Tensor:
+def _announced(shared: SharedInput, reads: bool) -> SharedInput:
+    if reads:
+        shared.announce()
+    return shared
+
+
+def _values_grad(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
     """Gradient of the deltas: (k,) float32 or wider. Feeds the tap, if there is one."""
+    site: Site = ctx.site
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    if site.tap is not None:
-        # read twice: stored token-last, both reads share one transposition
-        x, grad = _token_last(x), _token_last(grad)
-    outer = DenseOuter(x, grad) if conv1d else DenseOuter(grad, x)
+    if uses_sampled(site.pattern, x.device):
+        x = ctx.shared.take(x)
+        # read twice if there is a tap: both reads share one transposition
+        grad = grad if site.tap is None else token_last(grad)
+    outer = DenseOuter(x, grad) if ctx.conv1d else DenseOuter(grad, x)
     with _no_autocast(x):
         if site.tap is not None:
             site.tap(outer)
         return outer.at(site.pattern)
-
-
-def _token_last(tensor: Tensor) -> Tensor:
-    return widen(tensor).t().contiguous().t()
 
 
 def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
