@@ -282,6 +282,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Unstructured deltas are of full rank: no exact LoRA exists."""
         return False
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter to the base's device. PEFT's own takes the base's dtype, which rounds."""
+        device = device or self.get_base_layer().weight.device
+        values = self.delta_values[adapter_name]
+        if not values.is_meta:
+            values.data = values.data.to(device)
+            for part in (self.delta_indices, self.delta_base):
+                part[adapter_name] = part[adapter_name].to(device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer: the base must be pristine while its storage is replaced."""
         self._residency.restore()

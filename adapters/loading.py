@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sft.adapters.delta_layer import DeltaLayer
@@ -20,8 +21,8 @@ def check_adapter_file(
         prefix: what the names of a method's tensors start with.
 
     Raises:
-        ValueError: an entry is missing, extra, misshapen, unsorted or out of range, or was made for
-            another base weight.
+        ValueError: an entry is missing, extra, misshapen, of another kind, unsorted or out of
+            range, or was made for another base weight.
     """
     expected: set[str] = set()
     for name, layer in model.named_modules():
@@ -55,8 +56,18 @@ def _check_layer(layer: DeltaLayer, adapter: str, parts: dict[str, Tensor], name
                 f"adapter file: {name}.delta_{part} holds {tuple(parts[part].shape)} entries, its "
                 f"adapter_config.json gives {wanted} for a weight of {layer.shape}"
             )
+    values, base = parts["values"], parts["base"]
+    if not values.is_floating_point():
+        raise ValueError(
+            f"adapter file: {name}.delta_values is {values.dtype}, allowed are float dtypes"
+        )
+    if base.dtype != torch.int64 or base.numel() != 1:
+        raise ValueError(
+            f"adapter file: {name}.delta_base holds {base.dtype} {tuple(base.shape)}, allowed is "
+            "one torch.int64; the file is damaged"
+        )
     check_indices(parts["indices"], layer.shape, f"adapter file: {name}.delta_indices")
-    made_for, found = int(parts["base"]), fingerprint(layer.get_base_layer().weight)
+    made_for, found = int(base), fingerprint(layer.get_base_layer().weight)
     if made_for and found and made_for != found:
         raise ValueError(
             f"adapter file: {name} was trained on another base weight of shape {layer.shape} "
