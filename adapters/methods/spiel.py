@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sft.adapters.base import DeltaTuner
 from sft.adapters.config import SparseConfig, require
@@ -192,13 +193,14 @@ class GradientGrowth(_Growth):
             self._num_replaced(layer, step),
         )
         self._apply(layer, chosen)
-        grown = chosen.candidate.clamp(min=0)
+        # a kept slot is candidate -1 and reads the padding: a full support has no candidates
+        total, total_square = pad(window.total, (0, 1)), pad(window.total_square, (0, 1))
         return SupportChange(
             name=name,
             parameter=values,
             source=chosen.source,
-            mean_grad=window.total[grown] / window.updates,
-            mean_square=window.total_square[grown] / window.updates,
+            mean_grad=total[chosen.candidate] / window.updates,
+            mean_square=total_square[chosen.candidate] / window.updates,
             updates=window.updates,
         )
 
