@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from sft.adapters.delta_layer import DeltaLayer
 
@@ -57,7 +60,17 @@ def resident(model: nn.Module) -> Iterator[nn.Module]:
         ...     train(model)
     """
     enter_resident(model)
+    handle = register_optimizer_step_post_hook(partial(_sync_stepped, model))
     try:
         yield model
     finally:
+        handle.remove()
         leave_resident(model)
+
+
+def _sync_stepped(model: nn.Module, optimizer: Optimizer, *_: Any) -> None:
+    """Write what this optimizer moved: fused and 8-bit ones don't raise a tensor's version."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in delta_layers(model).values():
+        if any(id(values) in moved for values in layer.delta_values.values()):
+            layer.sync()

@@ -52,6 +52,47 @@ def test_stock_optimizers_train_across_reselections(lab, optim):
     assert "Sparse" not in type(trainer.optimizer.optimizer).__name__
 
 
+class StateByPosition(TrainerCallback):
+    """Compares optimizer state by position, not by slot, across each reselection."""
+
+    def __init__(self):
+        self.kept = self.grown = 0
+
+    def look(self, model, optimizer):
+        return {
+            (name, int(position), key): float(value[slot])
+            for name, parameter in model.named_parameters()
+            if "delta_values" in name
+            for key, value in optimizer.optimizer.state[parameter].items()
+            if value.shape == parameter.shape
+            for slot, position in enumerate(model.get_buffer(name.replace("values", "indices")))
+        }
+
+    def on_optimizer_step(self, args, state, control, model, optimizer, **_):
+        self.before = self.look(model, optimizer)
+
+    def on_step_end(self, args, state, control, model, optimizer, **_):
+        after = self.look(model, optimizer)
+        assert len(after) == len(self.before)
+        for place, value in after.items():
+            assert value == self.before.get(place, value), place
+        self.kept += len(after.keys() & self.before.keys())
+        fresh = [value for place, value in after.items() if place not in self.before]
+        self.grown += sum(value != 0 for value in fresh)
+        assert self.grown or not fresh
+
+
+@pytest.mark.parametrize("optim", ["sparse", "adamw_torch", "adamw_torch_fused"])
+def test_state_follows_its_entry_and_grown_ones_are_seeded(lab, optim):
+    watch = StateByPosition()
+    named = {} if optim == "sparse" else {"optim": optim, "optimizer": "trainer"}
+    trainer = lab.trainer(max_steps=8, replace_fraction=0.5, **named)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.kept
+    assert watch.grown
+
+
 def test_what_is_merged_is_what_was_trained(lab):
     run = lab.run(optimizer="trainer", optim="adamw_torch_fused")
     batch = torch.tensor(lab.dataset(4)["input_ids"])
@@ -137,3 +178,30 @@ def test_a_stock_trainer_cannot_grow_by_momentum(lab, assert_equal):
     with pytest.raises(ValueError, match=r"^growth: 'momentum' reads SM3's"):
         trainer.train()
     assert_equal(lab.weights(model), pristine)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loop_of_ones_own_stays_in_sync(lab, fused):
+    """Fused optimizers move a parameter without raising its version."""
+    from sft import resident
+    from sft.adapters.resident import delta_layers
+
+    model = lab.adapted()
+    pristine = lab.weights(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
+    ids = torch.tensor(lab.dataset(4)["input_ids"])
+    bystander = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    with resident(model):
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids).loss
+            bystander.step()  # between forward and backward, but none of ours
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model(input_ids=ids)
+            for name, layer in delta_layers(model).items():
+                original = pristine[name.removeprefix("base_model.model.") + ".weight"]
+                delta = layer.get_delta_weight("default")
+                assert delta.any()
+                assert torch.equal(layer.get_base_layer().weight, original + delta), name
