@@ -95,8 +95,10 @@ def test_nothing_listens_to_backward_after_training(lab):
 
 
 def test_a_calibrated_support_is_chosen_before_the_first_update(lab):
-    run = lab.run(selection="gradient", growth="none", max_steps=1, calibration_batches=2)
-    random = lab.run(selection="random", growth="none", max_steps=1)
+    settings = {"growth": "none", "max_steps": 1}
+    base = {"cls": "LlamaForCausalLM", "attention_dropout": 0.5}
+    run = lab.run(base=lab.base(**base), selection="gradient", calibration_batches=2, **settings)
+    random = lab.run(base=lab.base(**base), selection="random", **settings)
     chosen, drawn = lab.deltas(run.model), lab.deltas(random.model)
     assert any(not torch.equal(chosen[n], drawn[n]) for n in chosen if "indices" in n)
     assert run.losses == random.losses, "calibration draws nothing from the generators"
