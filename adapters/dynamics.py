@@ -39,9 +39,10 @@ class Dynamics(Protocol):
         """Prepare for update `step + 1`, made of so many backward passes."""
 
     def after_gradients(self, scale: float) -> None:
-        """Take note that the gradients of an update are whole; they carry this loss scale.
+        """Take note that the gradients of an update are whole.
 
-        A scale of 0 means that the update is skipped and its gradients are void.
+        Those read in backward are `scale` times what the optimizer applied: loss scaling and
+        clipping lie between. A scale of 0 means that the update is skipped, its gradients void.
         """
 
     def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:

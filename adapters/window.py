@@ -63,7 +63,8 @@ class Window:
         """Fold the gradient of one update in.
 
         Args:
-            scale: loss scale the gradients carry; 0 voids the update.
+            scale: what backward's gradients are divided by, so that they are on the scale the
+                optimizer applied (see `Dynamics.after_gradients`); 0 voids the update.
         """
         if scale == 0:
             # what was chosen by overflowed gradients is void as well

@@ -18,6 +18,7 @@ from sft.adapters.dynamics import Dynamics
 from sft.adapters.resident import delta_layers, enter_resident, leave_resident, sync_resident
 from sft.adapters.support import support_hash
 from sft.checkpoint import load_state, save_state
+from sft.gradient_scale import GradientScale
 from sft.optim.move import move_state
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self.notes = notes or {}
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
-        self._scale = 1.0
+        self._scale: GradientScale | None = None
 
     def on_train_begin(
         self,
@@ -72,6 +73,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         # whatever is refused is refused before a weight is written
         _check_processes(model, changing=bool(self._dynamics), count=args.world_size)
         _check_accumulators(tuner, kwargs["optimizer"])
+        if self._dynamics:
+            self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
         if state.global_step > 0:
             self._resume(args, state, model)
@@ -85,18 +88,6 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         for dynamics in self._dynamics.values():
             dynamics.before_update(state.global_step, args.gradient_accumulation_steps)
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any,
-        **_: Any,
-    ) -> None:
-        """Note the loss scale of these gradients before the step changes it."""
-        scaler = getattr(optimizer, "scaler", None)
-        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
-
     def on_optimizer_step(
         self,
         args: TrainingArguments,
@@ -108,8 +99,9 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the trained values to the weights and hand over the update's gradients."""
         skipped = getattr(optimizer, "step_was_skipped", False)
+        scale = self._scale.read() if self._scale is not None else 1.0
         for dynamics in self._dynamics.values():
-            dynamics.after_gradients(0.0 if skipped else self._scale)
+            dynamics.after_gradients(0.0 if skipped else scale)
         sync_resident(model)
 
     def on_step_end(
@@ -179,7 +171,9 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         """Stop listening to backward and leave resident mode, whatever ended the training."""
         for dynamics in self._dynamics.values():
             dynamics.close()
-        self._dynamics = {}
+        if self._scale is not None:
+            self._scale.close()
+        self._dynamics, self._scale = {}, None
         leave_resident(model)
 
     def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:

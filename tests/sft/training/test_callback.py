@@ -59,11 +59,10 @@ class Scaled:
 
     def __init__(self, optimizer, scale):
         self.optimizer, self.factor = optimizer, scale
-        self.scaler = SimpleNamespace(get_scale=lambda: self.factor)
         self.step_was_skipped = False
 
 
-def one_window(lab, scale, skip=()):
+def one_window(lab, scale, skip=(), clip=1.0):
     """Run the updates of one window by hand; return the supports that grew and the first seeds."""
     from sft import SparseCallback
     from sft.adapters.resident import delta_layers
@@ -71,7 +70,8 @@ def one_window(lab, scale, skip=()):
 
     model = lab.adapted(reselect_every=8, window=4, candidates_from="micro_batch")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = Scaled(SparseAdamW(parameters, lr=1e-2), scale)
+    # so small an eps leaves the update independent of the scale of the gradients, to the bit
+    optimizer = Scaled(SparseAdamW(parameters, lr=1e-2, eps=1e-30), scale)
     args, state = lab.arguments("run"), SimpleNamespace(global_step=0, max_steps=12)
     callback = SparseCallback()
     callback.on_train_begin(args, state, None, model, train_dataloader=None, optimizer=optimizer)
@@ -82,12 +82,11 @@ def one_window(lab, scale, skip=()):
         loss = model(input_ids=batch, labels=batch).loss * optimizer.factor
         optimizer.step_was_skipped = step in skip
         (loss * (float("inf") if step in skip else 1.0)).backward()
-        callback.on_pre_optimizer_step(args, state, None, optimizer)
         if step in skip:
             optimizer.factor /= 2  # as GradScaler does, before the callback hears of it
         else:
             for parameter in parameters:
-                parameter.grad /= optimizer.factor
+                parameter.grad *= clip / optimizer.factor
             optimizer.optimizer.step()
         callback.on_optimizer_step(args, state, None, model, optimizer)
         model.zero_grad()
@@ -105,6 +104,20 @@ def test_a_loss_scale_changes_nothing(lab, assert_equal):
     scaled, scaled_state, _ = one_window(lab, 1024.0)
     assert_equal(plain, scaled)
     assert_equal(plain_state, scaled_state)
+
+
+def test_grown_weights_start_on_the_scale_that_clipping_left(lab, assert_equal):
+    """Clipping by norm multiplies every gradient by one factor, here a power of two."""
+    plain, plain_state, _ = one_window(lab, 1.0)
+    clipped, clipped_state, _ = one_window(lab, 1.0, clip=0.25)
+    indices = [name for name in plain if "indices" in name]
+    assert_equal({n: plain[n] for n in indices}, {n: clipped[n] for n in indices})
+    power = {"exp_avg": 1, "exp_avg_sq": 2, "age": 0}
+    for name, state in plain_state.items():
+        key = name.rpartition(".")[2].rpartition("/")[2]
+        if key in power:
+            assert_equal({name: state * 0.25 ** power[key]}, {name: clipped_state[name] * 1.0})
+    assert any(name.endswith("exp_avg_sq") for name in plain_state)
 
 
 @pytest.mark.parametrize("skipped", [0, 2])

@@ -1,0 +1,61 @@
+"""By what factor the gradients of backward exceed those the optimizer applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientScale:
+    """Compares one entry's gradient as backward gave it with the same entry when it is applied.
+
+    Between the two lie loss scaling and clipping by norm, which multiply every gradient by one
+    factor. Gradients read in backward (SpIEL's windows) are divided by it, so that a grown weight
+    starts with moments on the scale of its neighbours'. Clipping entry by entry has no such factor.
+
+    Args:
+        parameters: trained parameters; the probe is the entry of largest gradient in whichever
+            backward reaches first.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._probe: nn.Parameter | None = None
+        self._slot: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._hooks = [_hooked(p, partial(self._observe, p)) for p in parameters]
+
+    def _observe(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if self._probe is None:
+            self._probe, self._slot = parameter, gradient.detach().flatten().abs().argmax()
+        if self._probe is not parameter or self._slot is None:
+            return
+        # autograd may make this very tensor the parameter's grad, which clipping changes in place
+        entry = gradient.detach().flatten()[self._slot].clone()
+        self._sum = entry if self._sum is None else self._sum + entry
+
+    def read(self) -> float:
+        """Return the factor of the update whose gradients are still in place, and start anew.
+
+        It is exactly 1 when nothing was scaled or clipped, and 1 when the probe has no gradient.
+        """
+        raw, slot, probe = self._sum, self._slot, self._probe
+        self._sum = self._slot = self._probe = None
+        if raw is None or slot is None or probe is None or probe.grad is None:
+            return 1.0
+        entry = probe.grad.flatten()[slot]
+        usable = torch.isfinite(raw) and torch.isfinite(entry) and raw != 0 and entry != 0
+        return float(raw / entry) if usable else 1.0
+
+    def close(self) -> None:
+        """Stop listening to backward."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _hooked(parameter: nn.Parameter, observe: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_hook(observe)  # type: ignore[no-untyped-call]
+    return handle
