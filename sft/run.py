@@ -179,6 +179,7 @@ def _build_trainer(
     except ValueError as error:
         raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    trainer.sparse_callback.notes = {"recipe": recipe.model_dump(mode="json")}
     return trainer
 
 
