@@ -63,12 +63,12 @@ def _profile(result: dict[str, Any]) -> list[str]:
     return [*rows, ""]
 
 
-def kernels_section(result: dict[str, Any]) -> str:
-    """Describe `benchmarks/kernels.py`."""
+def crossover_section(result: dict[str, Any]) -> str:
+    """Describe `benchmarks/crossover.py`."""
     densities = result["densities"]
     rows = [
         "## Gradient at positions: dot products over dense row blocks\n",
-        f"`python benchmarks/kernels.py`: CPU time of one dot product a position (SDDMM) over that "
+        f"`python benchmarks/crossover.py`: CPU time of one dot product a position (SDDMM) over that "
         f"of dense row blocks, {_machine(result)}. Below 1 the dot products win; the rule takes "
         "them up to 10 %.\n",
         "| shape | tokens | " + " | ".join(f"{d:.1%}" for d in densities) + " |",
@@ -112,7 +112,7 @@ def _machine(result: dict[str, Any]) -> str:
 SECTIONS = {
     "quickstart": quickstart_section,
     "step": step_section,
-    "kernels": kernels_section,
+    "crossover": crossover_section,
 }
 
 

@@ -10,7 +10,7 @@ from sft.kernels.pattern import Pattern
 # A dense row block is at most this large; smaller blocks cost up to 1.8x in GEMM efficiency.
 BLOCK_BYTES = 16 * 2**20
 # Densities up to which one dot product per position beats dense row blocks. CPU: measured by
-# benchmarks/kernels.py. Elsewhere: tensor cores move the crossover down (a model, not measured).
+# benchmarks/crossover.py. Elsewhere: tensor cores move the crossover down (a model, not measured).
 SAMPLED_UP_TO = {"cpu": 0.10}
 SAMPLED_UP_TO_ELSEWHERE = 0.0025
 

@@ -1,6 +1,6 @@
 """Time the two paths of `outer_at` against each other: where does the crossover lie?
 
-    python benchmarks/kernels.py [--rounds 7] [--out FILE]
+    python benchmarks/crossover.py [--rounds 7] [--out FILE]
 
 For every shape, number of tokens and density, both paths run interleaved; the figure is the ratio
 of median process CPU times, dot products per position over dense row blocks. Below 1 the first
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/kernels.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/crossover.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
