@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sft import SpielConfig
+from sft.adapters.methods.spiel import SpielConfig
 
 
 @pytest.fixture
