@@ -37,9 +37,12 @@ def test_largest_remainder_first_name_first() -> None:
 
 
 def test_numbers_beyond_a_double() -> None:
-    shapes = {"a": (2**31, 2**31), "b": (2**31 - 1, 2**31)}
-    total = 2**61 + 1
-    assert sum(allocate(total, shapes).values()) == total
+    shapes = {"a": (2**31, 2**31 - 1), "b": (2**31 - 3, 2**31), "c": (2**30, 2**29 + 1)}
+    total, whole = 2**61 + 1, sum(rows * cols for rows, cols in shapes.values())
+    counts = allocate(total, shapes)
+    assert sum(counts.values()) == total
+    for name, (rows, cols) in shapes.items():
+        assert abs(counts[name] * whole - total * rows * cols) < whole
 
 
 def test_a_matrix_without_a_weight_is_named() -> None:

@@ -84,14 +84,18 @@ def test_fact29_overlapping_merges_undo_in_reverse(make_layer) -> None:
     assert torch.equal(weight, before)
 
 
-def test_fact29_a_support_that_moved_while_merged(make_layer) -> None:
+@pytest.mark.parametrize("how", ["moved", "loaded"])
+def test_fact29_a_support_that_changed_while_merged(make_layer, how) -> None:
     layer = make_layer("linear")
     weight = layer.get_base_layer().weight
     before = weight.clone()
     layer.merge()
     old = layer.delta_indices["default"].long()
     free = torch.tensor([j for j in range(30) if j not in old.tolist()])[:9]
-    layer.replace_support("default", free, torch.full((9,), -1))
+    if how == "moved":
+        layer.replace_support("default", free, torch.full((9,), -1))
+    else:
+        layer.load_state_dict({"delta_indices.default": free}, strict=False)
     layer.unmerge()
     assert torch.equal(weight, before)
 

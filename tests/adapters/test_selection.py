@@ -97,11 +97,12 @@ def test_an_unknown_strategy_is_refused() -> None:
 
 
 CALIBRATED = [name for name in strategy_names() if strategy(name).CALIBRATED]
+SCORES = {"gradient": torch.abs, "fisher": torch.square}
 
 
 @pytest.mark.parametrize("order", ["largest", "smallest"])
 @pytest.mark.parametrize("mode", ["aside", "resident"])
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", SCORES)
 def test_calibrated_scores_are_those_of_dense_autograd(
     llama, spiel, batch, name, mode, order
 ) -> None:
@@ -112,7 +113,7 @@ def test_calibrated_scores_are_those_of_dense_autograd(
         dense.zero_grad()
         dense(**each).loss.backward()
         for key, parameter in dense.named_parameters():
-            part = strategy(name).increment(parameter.grad).flatten()
+            part = SCORES[name](parameter.grad).flatten()
             scores[key] = scores.get(key, 0) + part
     model = spiel(
         target_modules=targets, selection=name, selection_order=order, calibration_batches=2
@@ -145,6 +146,20 @@ def test_training_waits_for_calibration(spiel, batch, name) -> None:
         model.train()(**batch)
     sft.calibrate(model, [batch])
     model(**batch).loss.backward()
+
+
+def test_calibration_draws_nothing_and_drops_nothing_out(llama, spiel, batch) -> None:
+    chosen = []
+    for state in (1, 2):
+        base = llama(attention_dropout=0.5)
+        model = spiel(base, target_modules=["q_proj"], selection="gradient").train()
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        sft.calibrate(model, [batch])
+        assert torch.equal(torch.get_rng_state(), before)
+        layers = model.base_model.adapted_layers("default").values()
+        chosen.append(torch.cat([layer.delta_indices["default"] for layer in layers]))
+    assert torch.equal(*chosen)
 
 
 def test_calibration_says_what_is_missing(spiel, batch) -> None:
