@@ -17,10 +17,10 @@ FIRST_IMPORTS = [
 ]
 
 
-# a fresh process that has PEFT's own imports, but not PEFT; each order is tried in a fork of it
+# a fresh process that has what PEFT imports, but not PEFT; each order is tried in a fork of it
 FORKS = """
 import os, sys
-import accelerate, torch, transformers
+import accelerate.utils, torch, transformers.modeling_utils, transformers.pytorch_utils
 from torch import nn
 assert "peft" not in sys.modules
 failed = []
