@@ -159,7 +159,7 @@ def candidates(
     """Return what a selection strategy may look at for this layer."""
     return Candidates(
         shape=layer.shape,
-        read=layer.get_base_weight,
+        read=layer.pretrained_weight,
         scores=scores,
         largest=config.selection_order == "largest",
         generator=seeded(config.seed, "select", name),

@@ -98,6 +98,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             cast = values.detach().to(dtype)
             self.delta_values[name] = nn.Parameter(cast, requires_grad=values.requires_grad)
 
+    def pretrained_weight(self) -> Tensor:
+        """Return the dense weight without deltas: (rows, cols), dequantised if it is packed."""
+        self._residency.restore()
+        return self.get_base_weight()
+
     def site(self, name: str) -> DeltaSite:
         """Return where the adapter's values lie, as backward and the gradient taps see it."""
         return self._sites[name]

@@ -361,3 +361,16 @@ def test_several_active_adapters_run_aside(trained, batch, base_weights, same, r
     assert torch.equal(trained(**batch).logits, bare)
     assert same(base_weights(trained), before)
     leave_resident(trained)
+
+
+def test_an_adapter_chosen_while_resident_sees_the_pre_trained_weight(spiel) -> None:
+    fields = {"target_modules": ["q_proj"], "selection": "magnitude"}
+    model = spiel(**(fields | {"selection": "random"}))
+    for layer in delta_layers(model).values():
+        layer.delta_values["default"].data.fill_(9.0)
+    with sft.resident(model):
+        model.add_adapter("other", spiel(**fields).peft_config["default"])
+    expected = delta_layers(spiel(**fields))
+    for name, layer in delta_layers(model).items():
+        chosen = expected[name].delta_indices["default"]
+        assert torch.equal(layer.delta_indices["other"], chosen)
