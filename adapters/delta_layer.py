@@ -251,6 +251,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         self._residency.restore()
         base = self.get_base_layer()
+        if not base.weight.is_contiguous():
+            raise ValueError(
+                f"merge: the base weight of shape {tuple(base.weight.shape)} is not contiguous; "
+                "make it so with weight.data = weight.data.contiguous()"
+            )
         if not base.weight.is_floating_point():
             raise ValueError(
                 f"merge: the base weight is {base.weight.dtype} (quantised), merging would round "

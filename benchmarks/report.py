@@ -68,9 +68,9 @@ def crossover_section(result: dict[str, Any]) -> str:
     densities = result["densities"]
     rows = [
         "## Gradient at positions: dot products over dense row blocks\n",
-        f"`python benchmarks/crossover.py`: CPU time of one dot product a position (SDDMM) over that "
-        f"of dense row blocks, {_machine(result)}. Below 1 the dot products win; the rule takes "
-        "them up to 10 %.\n",
+        "`python benchmarks/crossover.py`: CPU time of one dot product a position (SDDMM) over "
+        f"that of dense row blocks, {_machine(result)}. Below 1 the dot products win; the rule "
+        "takes them up to 10 %.\n",
         "| shape | tokens | " + " | ".join(f"{d:.1%}" for d in densities) + " |",
         "|---" * (2 + len(densities)) + "|",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -81,3 +83,14 @@ def outer_at_reference(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
     """Oracle of `outer_at`: the dense product in float64 (SpIEL, arXiv 2401.16405, eq. of dW)."""
     dense = torch.einsum("tr,tc->rc", left.double(), right.double())
     return dense.flatten()[pattern.indices.long()].to(widen(right[:0]).dtype)
+
+
+def _announce_csr() -> None:
+    """Let torch say once, here and unheard, that its CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = torch.zeros(0, dtype=torch.int32)
+        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int32), empty, torch.zeros(0), (1, 1))
+
+
+_announce_csr()

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.adapters.base import DeltaTuner
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.dynamics import Dynamics
-from sft.adapters.resident import delta_layers, enter_resident, leave_resident, sync_resident
-from sft.adapters.support import support_hash
+from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.checkpoint import load_state, save_state
 from sft.gradient_scale import GradientScale
+from sft.identity import (
+    base_fingerprint,
+    method_settings,
+    model_support_hash,
+    sparse_tuner,
+    warn_of_changes,
+)
 from sft.optim.move import move_state
 
 logger = logging.getLogger(__name__)
@@ -77,7 +82,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
         if state.global_step > 0:
-            self._resume(args, state, model)
+            self._resume(args, state, model, tuner)
         else:
             _calibrate_pending(model, kwargs["train_dataloader"])
 
@@ -139,7 +144,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Complete the checkpoint with the method's state."""
-        if sparse_tuner(model) is None or not args.should_save:
+        tuner = sparse_tuner(model)
+        if tuner is None or not args.should_save:
             return
         tensors = {
             f"{adapter}//{name}": tensor
@@ -150,6 +156,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             "step": state.global_step,
             "support_sha256": model_support_hash(model),
             "base_fingerprint": base_fingerprint(model),
+            "settings": _settings(tuner, state),
             "versions": {name: version(name) for name in PACKAGES},
             "resumable": not args.save_only_model,
             **self.notes,
@@ -176,9 +183,9 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self._dynamics, self._scale = {}, None
         leave_resident(model)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        if not self._dynamics:
-            return
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, tuner: DeltaTuner
+    ) -> None:
         folder = self._resume_folder(args, state)
         tensors, notes = load_state(folder, next(model.parameters()).device)
         found = model_support_hash(model)
@@ -188,6 +195,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 f"{notes['support_sha256'][:12]}, the run is at step {state.global_step} with "
                 f"{found[:12]}; name the folder with SparseCallback(resume_from_checkpoint=...)"
             )
+        warn_of_changes(notes["settings"], _settings(tuner, state))
         for adapter, dynamics in self._dynamics.items():
             start = f"{adapter}//"
             dynamics.load_state(
@@ -201,28 +209,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def sparse_tuner(model: nn.Module) -> DeltaTuner | None:
-    """Return the tuner of a PeftModel with a sparse adapter, else None."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, DeltaTuner) else None
-
-
-def model_support_hash(model: nn.Module) -> str:
-    """Return the SHA-256 over all supports of the model."""
-    return support_hash(
-        (f"{name}.{adapter}", layer.delta_indices[adapter])
-        for name, layer in delta_layers(model).items()
-        for adapter in layer.delta_values
-    )
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over the fingerprints of the adapted base weights."""
-    return support_hash(
-        (f"{name}.{adapter}", layer.delta_base[adapter])
-        for name, layer in delta_layers(model).items()
-        for adapter in layer.delta_values
-    )
+def _settings(tuner: DeltaTuner, state: TrainerState) -> dict[str, dict[str, Any]]:
+    return {**method_settings(tuner), "trainer": {"max_steps": state.max_steps}}
 
 
 def _calibrate_pending(model: nn.Module, batches: Any) -> None:

@@ -13,7 +13,8 @@ from transformers.trainer_utils import TrainOutput
 from sft.adapters.base import DeltaTuner
 from sft.adapters.resident import delta_layers
 from sft.checkpoint import check_whole, last_whole_checkpoint
-from sft.driver import SparseCallback, sparse_tuner
+from sft.driver import SparseCallback
+from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
 

@@ -9,12 +9,9 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # both are raised once a process, in whichever test comes first
-    for message in (
-        "ignore:Sparse CSR tensor support is in beta:UserWarning",
-        "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
-    ):
-        config.addinivalue_line("filterwarnings", message)
+    # raised once a process, by PEFT, in whichever test comes first
+    message = "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+    config.addinivalue_line("filterwarnings", message)
 
 
 @pytest.fixture

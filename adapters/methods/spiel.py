@@ -41,8 +41,8 @@ class SpielConfig(SparseConfig):
         window: updates of gradients accumulated before one, 1 <= window <= reselect_every.
         replace_fraction: share of the deltas replaced, at the start of the schedule.
         replace_schedule: "linear" or "cosine" decay of that share.
-        first_full: replace all deltas at the first reselection, as the random start is a
-            placeholder; not where training goes on from deltas that were trained before.
+        first_full: replace all deltas at the first reselection. By default where the start is
+            random, and so a placeholder. Never where training goes on from trained deltas.
         stop_fraction: no reselection after this share of the run.
         candidates_from: "micro_batch" chooses candidates by the first backward pass of a window;
             "update" by its first whole update, which makes them independent of gradient
@@ -56,7 +56,7 @@ class SpielConfig(SparseConfig):
     window: int = 5
     replace_fraction: float = 0.2
     replace_schedule: str = "linear"
-    first_full: bool = True
+    first_full: bool | None = None
     stop_fraction: float = 1.0
     candidates_from: str = "micro_batch"
     optimizer: str = "auto"
@@ -68,6 +68,8 @@ class SpielConfig(SparseConfig):
         pool = self.candidates_from
         require("candidates_from", pool, pool in POOLS, " or ".join(POOLS))
         require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
+        if self.first_full is None:
+            self.first_full = self.selection == "random"
         wrong = "adamw" if self.growth == "momentum" else None
         allowed = "sm3 (or auto) with growth='momentum'"
         require("optimizer", self.optimizer, self.optimizer != wrong, allowed)
@@ -80,7 +82,7 @@ class SpielConfig(SparseConfig):
             window=self.window,
             fraction=self.replace_fraction,
             policy=self.replace_schedule,
-            first_full=self.first_full,
+            first_full=bool(self.first_full),
             stop_fraction=self.stop_fraction,
             total=total,
             reference=self.reference,

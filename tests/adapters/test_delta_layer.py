@@ -257,3 +257,13 @@ def test_the_configuration_is_checked_when_it_is_made() -> None:
         SpielConfig(density=0)
     assert SpielConfig().density == 0.005
     assert SpielConfig(num_weights=3).density is None
+
+
+def test_a_merge_into_a_weight_that_is_not_contiguous_is_refused(make_layer) -> None:
+    layer = make_layer("linear")
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.t().contiguous().t()
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"^merge: the base weight of shape .* not contiguous"):
+        layer.merge()
+    assert torch.equal(weight, before)

@@ -221,3 +221,10 @@ def test_growing_changes_no_output(spiel, batch) -> None:
         dynamics = model.base_model.dynamics("default", 12)
         *_, changes = run(model, dynamics, 2, [batch])
         assert changes and torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("selection", ["random", "magnitude", "gradient", "fisher"])
+def test_only_a_random_start_is_a_placeholder(selection) -> None:
+    assert sft.SpielConfig(selection=selection).first_full == (selection == "random")
+    assert sft.SpielConfig(selection=selection, first_full=True).first_full
+    assert not sft.SpielConfig(selection=selection, first_full=False).first_full

@@ -142,3 +142,14 @@ def test_another_base_is_refused(lab):
             parameter.mul_(1.5)
     with pytest.raises(ValueError, match="another base weight"):
         lab.run("whole", lab.checkpoint("whole", 5), model=lab.adapted(other))
+
+
+def test_settings_that_changed_are_named(lab, caplog):
+    whole = {"save_strategy": "steps", "save_steps": 5, "growth": "none"}
+    lab.run("whole", **whole)
+    caplog.clear()
+    lab.run("same", lab.checkpoint("whole", 5), **whole)
+    assert "resume:" not in caplog.text
+    lab.run("other", lab.checkpoint("whole", 5), **whole | {"max_steps": 9, "seed": 3})
+    assert "resume: trainer.max_steps was 12 and is now 9" in caplog.text
+    assert "resume: default.seed was 0 and is now 3" in caplog.text
