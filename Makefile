@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick lint types conformance clean distclean
+.PHONY: help env quickstart test test-quick lint types conformance bench clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,12 @@ types: env  ## mypy --strict
 
 conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
 	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
+
+bench: env  ## run the benchmarks (about 15 minutes) and write docs/benchmarks.md
+	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
+	@$(PHASE) step $(BIN)/python benchmarks/step.py --profile
+	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
+	@$(BIN)/python benchmarks/report.py
 
 clean:  ## remove caches and build products, keep .venv and runs
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results on disk; no figure on that page is typed by hand.
+"""Write docs/benchmarks.md and the README's figures from the results on disk, none by hand.
 
 `python benchmarks/report.py [--check]`
 """
@@ -13,6 +13,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/benchmarks.md"
+README = HERE.parent / "README.md"
+START, END = "<!-- from benchmarks/report.py -->\n", "<!-- end -->"
 
 HEADER = """# Benchmarks
 
@@ -116,25 +118,54 @@ SECTIONS = {
 }
 
 
+def results() -> dict[str, dict[str, Any]]:
+    """Return the results on disk by benchmark."""
+    paths = {name: HERE / "results" / f"{name}.json" for name in SECTIONS}
+    return {n: json.loads(path.read_text()) for n, path in paths.items() if path.is_file()}
+
+
 def page() -> str:
     """Return the page for the results on disk."""
-    parts = [HEADER]
-    for name, section in SECTIONS.items():
-        path = HERE / "results" / f"{name}.json"
-        if path.is_file():
-            parts.append(section(json.loads(path.read_text())))
-    return "\n".join(parts)
+    return "\n".join([HEADER, *(SECTIONS[name](found) for name, found in results().items())])
+
+
+def summary() -> str:
+    """Return the README's lines on the results."""
+    quickstart, step = results()["quickstart"], results()["step"]
+    rate = "token_error_rate"
+    lora, full, saved = step["to_lora"], step["to_full"], step["saved_mib"]
+    return f"""| | |
+|---|---|
+| quickstart: phoneme error rate on held-out words | {quickstart["before"][rate]:.2f} before, \
+{quickstart["after"][rate]:.2f} after {quickstart["steps"]} steps |
+| weights trained | {quickstart["trained_weights"]:,} of {quickstart["all_weights"]:,} \
+({quickstart["trained_weights"] / quickstart["all_weights"]:.2%}) |
+| same seed again | {"the same bits" if quickstart["repeated_exactly"] else "other numbers"} |
+| CPU time of a step, 0.5 % of the targets | {lora["spiel"]:.2f} of PEFT LoRA r=16, \
+{full["spiel"]:.2f} of full fine-tuning |
+| the same, mean over a cycle with its window | {lora["spiel_cycle_mean"]:.2f} and \
+{full["spiel_cycle_mean"]:.2f} |
+| kept for backward | {saved["spiel"]:.0f} MiB; LoRA {saved["lora"]:.0f}, \
+full {saved["full"]:.0f} |
+"""
+
+
+def readme() -> str:
+    """Return the README with its figures brought up to date."""
+    before, _, rest = README.read_text().partition(START)
+    return before + START + summary() + END + rest.partition(END)[2]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
-    if parser.parse_args().check:
-        if PAGE.read_text() != page():
-            sys.exit(f"{PAGE}: out of date; run python benchmarks/report.py")
-        return
-    PAGE.write_text(page())
-    print(f"written to {PAGE}")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
+    check = parser.parse_args().check
+    for path, content in ((PAGE, page()), (README, readme())):
+        if not check:
+            path.write_text(content)
+            print(f"written to {path}")
+        elif path.read_text() != content:
+            sys.exit(f"{path}: out of date; run python benchmarks/report.py")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/spiel.md", "docs/papers.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/spiel.md", "docs/papers.md", "docs/benchmarks.md"]
 
 
 def tracked() -> list[Path]:
@@ -104,3 +105,9 @@ def test_constraints_name_releases_only() -> None:
     lines = [line.partition("#")[0].strip() for line in text("constraints.txt").splitlines()]
     for line in filter(None, lines):
         assert re.fullmatch(r"[\w.-]+==[\d.]+(; python_version >= \"3\.\d+\")?", line), line
+
+
+def test_every_figure_on_the_pages_comes_from_a_result() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/report.py"), "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
