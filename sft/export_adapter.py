@@ -35,6 +35,8 @@ def export_adapter(
         raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
     if not overwrite:
         refuse_filled(to, "--to", "pass --overwrite to replace it")
     spec = ModelSpec(name=base or _trained_on(adapter))
@@ -75,13 +77,16 @@ def _tokenizer(adapter: Path, spec: ModelSpec) -> Any:
 def _adapted(adapter: Path, spec: ModelSpec) -> Any:
     """Load base and adapter; a pair that does not fit is refused with the reason."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from sft.adapters import registry
 
     registry.register_all()
     model = load_model(spec)
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        return PeftModel.from_pretrained(model, str(adapter))
+    except SafetensorError as error:
+        raise UserError(f"{adapter}/adapter_model.safetensors: damaged ({error})") from error
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"{adapter}: does not fit the base {spec.name}: {one_line(error)[:300]}"

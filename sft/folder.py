@@ -62,9 +62,10 @@ def _checkpoint(folder: Path, resume: str | None) -> str | None:
     if resume is None:
         return None
     if resume == "auto":
-        from transformers.trainer_utils import get_last_checkpoint
+        from sft.checkpoint import last_whole_checkpoint
 
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        newest = last_whole_checkpoint(folder)
+        return None if newest is None else str(newest)
     if not Path(resume).is_dir():
         raise UserError(f"training.resume_from_checkpoint: {resume}: no such folder; or use auto")
     return resume

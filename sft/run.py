@@ -61,18 +61,19 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     output = Path(recipe.training["output_dir"])
     checkpoint = run_folder.check(output, resume=resume, overwrite=recipe.overwrite)
     data, tokenizer, model = _load(recipe, phases)
-    run_folder.clear(output, keep_checkpoints=checkpoint is not None)
-    (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-
-    held_out = _encode(recipe, data, tokenizer)
-    before = _measure("before", recipe, model, tokenizer, held_out, phases)
     with phases.phase("adapter"):
+        model = _adapted(recipe, model)
+        # everything fits: from here on the folder is this run's
+        run_folder.clear(output, keep_checkpoints=checkpoint is not None)
+        (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
         trainer = _build_trainer(recipe, model, tokenizer, data, ProgressReport(console))
-        model = trainer.model
         trained, with_adapter = model.get_nb_trainable_parameters()
         total = with_adapter - trained
         share = f"{100 * trained / total:.3f} %"
         phases.note(f"{recipe.method['name']} trains {trained:,} of {total:,} weights ({share})")
+    held_out = _encode(recipe, data, tokenizer)
+    with model.disable_adapter():
+        before = _measure("before", recipe, model, tokenizer, held_out, phases)
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
@@ -155,29 +156,35 @@ def _measure(
     return found
 
 
+def _adapted(recipe: Recipe, model: Any) -> Any:
+    """Put the adapter on; a method and a model that do not fit are refused."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, build_method(recipe.method))
+    except ValueError as error:
+        raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+
+
 def _build_trainer(
     recipe: Recipe, model: Any, tokenizer: Any, data: Examples, report: ProgressReport
 ) -> Any:
-    """Put the adapter on, and hand everything to the trainer."""
+    """Hand everything to the trainer."""
     import datasets
-    from peft import get_peft_model
     from transformers import PrinterCallback
 
     from sft.supervised import SparseSFTTrainer
 
     arguments = build_arguments(recipe.training, recipe.seed)
     datasets.disable_progress_bars()
-    try:
-        trainer = SparseSFTTrainer(
-            model=get_peft_model(model, build_method(recipe.method)),
-            args=arguments,
-            train_dataset=data.train,
-            eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
-            processing_class=tokenizer,
-            callbacks=[report],
-        )
-    except ValueError as error:
-        raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+    trainer = SparseSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=[report],
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.sparse_callback.notes = {"recipe": recipe.model_dump(mode="json")}
     return trainer

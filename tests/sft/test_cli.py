@@ -125,9 +125,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(recipe_file, tmp_path):
     assert run("train", recipe_file, *whole).exit_code == 0
     folder = tmp_path / "run"
     record = json.loads((folder / "run.json").read_text())
-    import shutil
-
-    shutil.rmtree(folder / "checkpoint-4")
+    # the last checkpoint was cut short: auto takes the one before
+    (folder / "checkpoint-4" / "sft_state.json").unlink()
     resumed = run("train", recipe_file, *whole, "training.resume_from_checkpoint=auto")
     assert resumed.exit_code == 0, resumed.output
     assert "step 4/4" in resumed.stdout
@@ -153,8 +152,7 @@ def test_each_kind_of_mistake_is_one_line_and_writes_nothing(recipe_file, tmp_pa
     assert says in result.stderr
     assert "Traceback" not in result.output
     assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "run" / "run.json").exists()
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_export_by_command(recipe_file, tmp_path, tiny_model):

@@ -115,6 +115,19 @@ def test_what_is_not_an_adapter_is_refused(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_adapter_is_refused_in_one_line(saved, tmp_path):
+    weights = saved / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged") as caught:
+        export_adapter(saved, base=None, to=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        export_adapter(saved, base=None, to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_another_base_is_refused_in_one_line(saved, tmp_path, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
