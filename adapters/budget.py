@@ -31,12 +31,14 @@ class Budget:
             raise ValueError(
                 f"density, num_weights, match_lora_rank: got {found}; set exactly one of them"
             )
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density: got {self.density}, allowed is 0 < density <= 1")
+        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+        if self.density is not None and not (number and 0 < self.density <= 1):
+            raise ValueError(f"density: got {self.density!r}, allowed is 0 < density <= 1")
         for name in ("num_weights", "match_lora_rank"):
             value = given.get(name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, allowed is a whole number of at least 1")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
+                raise ValueError(f"{name}: got {value!r}, allowed is a whole number of at least 1")
 
     def total(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Number of weights to train in matrices of these (rows, cols)."""

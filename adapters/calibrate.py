@@ -44,6 +44,12 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
     config = tuner.peft_config[adapter]
     layers = tuner.adapted_layers(adapter)
     chosen = strategy(config.selection)
+    if not chosen.CALIBRATED:
+        raise ValueError(f"selection: got {config.selection!r}, which reads no batches")
+    if any(bool(layer.delta_values[adapter].any()) for layer in layers.values()):
+        raise ValueError(
+            f"calibration: adapter {adapter!r} is trained already; a new support would undo it"
+        )
     scores = {name: _Scores(chosen) for name in layers}
     training = model.training
     model.eval()
@@ -93,7 +99,7 @@ class _Scores:
 def _run(model: Any, batches: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     for batch in batches:
-        loss = model(**batch).loss
+        loss = getattr(model(**batch), "loss", None)
         if loss is None:
             raise ValueError("calibration: the batches give no loss; they need labels")
         loss.backward()

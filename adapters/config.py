@@ -11,6 +11,12 @@ from sft.adapters.registry import register_all
 from sft.adapters.select import ORDERS, strategy
 
 DEFAULT_DENSITY = 0.005
+OPTIMIZERS = ("auto", "adamw", "sm3", "trainer")
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number; True and 2.0 are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def require(key: str, value: object, ok: bool, allowed: str) -> None:
@@ -35,6 +41,8 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
             "fisher" (accumulated g^2); the last two read `calibration_batches` batches.
         selection_order: prefer the "largest" or the "smallest" scores.
         calibration_batches: how many batches a calibrated selection reads.
+        optimizer: "adamw" (per-entry age), "sm3", "trainer" (what TrainingArguments.optim names),
+            or "auto": what suits the method, unless TrainingArguments.optim was set.
         seed: seeds every random choice, together with the module's name.
         reference: do as the method's authors did, where their choices differ from ours.
         init_weights: start the deltas at 0 (False: random, for tests).
@@ -49,6 +57,7 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
     selection: str = "random"
     selection_order: str = "largest"
     calibration_batches: int = 8
+    optimizer: str = "auto"
     seed: int = 0
     reference: bool = False
     init_weights: bool = field(default=True, repr=False)
@@ -66,8 +75,10 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
         strategy(self.selection)
         order = self.selection_order
         require("selection_order", order, order in ORDERS, " or ".join(ORDERS))
+        require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
         batches = self.calibration_batches
-        require("calibration_batches", batches, batches >= 1, "a whole number of at least 1")
+        enough = is_whole(batches) and batches >= 1
+        require("calibration_batches", batches, enough, "a whole number of at least 1")
 
     def budget(self) -> Budget:
         """Return the number of weights asked for."""
@@ -76,3 +87,8 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
             num_weights=self.num_weights,
             match_lora_rank=self.match_lora_rank,
         )
+
+    @property
+    def suited_optimizer(self) -> str:
+        """What optimizer="auto" means: "adamw", unless a method says otherwise."""
+        return "adamw"

@@ -33,7 +33,12 @@ class SupportChange:
 
 
 class Dynamics(Protocol):
-    """Drives the changes of one adapter. Steps count completed optimizer updates."""
+    """Drives the changes of one adapter. Steps count completed optimizer updates.
+
+    `reads_accumulators` tells whether `after_update` needs row and column accumulators.
+    """
+
+    reads_accumulators: bool
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Prepare for update `step + 1`, made of so many backward passes."""

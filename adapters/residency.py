@@ -86,6 +86,8 @@ def obstacle(base: nn.Module) -> str | None:
         return "its weight is not contiguous"
     if getattr(type(base), "forward", None) not in _STOCK_FORWARDS:
         return f"{type(base).__name__} has a forward of its own"
+    if "forward" in vars(base):
+        return "its forward was replaced"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return "it carries hooks"
     if getattr(base, "max_norm", None) is not None:

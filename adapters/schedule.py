@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sft.adapters.config import require
+from sft.adapters.config import is_whole, require
 
 POLICIES = ("linear", "cosine")
 
@@ -39,10 +39,11 @@ class Schedule:
     reference: bool = False
 
     def __post_init__(self) -> None:
-        require("reselect_every", self.every, self.every >= 1, "a whole number of at least 1")
+        enough = is_whole(self.every) and self.every >= 1
+        require("reselect_every", self.every, enough, "a whole number of at least 1")
         # the authors' later windows are one update longer, and must not reach into the one before
         longest = self.every - 1 if self.reference else self.every
-        inside = 1 <= self.window <= longest
+        inside = is_whole(self.window) and 1 <= self.window <= longest
         require("window", self.window, inside, f"1 to {self._longest_is} ({longest})")
         require("replace_fraction", self.fraction, 0 <= self.fraction <= 1, "0 to 1")
         require("replace_schedule", self.policy, self.policy in POLICIES, " or ".join(POLICIES))

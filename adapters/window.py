@@ -111,9 +111,11 @@ class Window:
         """Take the tensors of `state` back."""
         self.updates = int(tensors["updates"])
         if "candidates" in tensors:
-            shape = self._site.pattern.shape
-            self._candidates = Pattern(tensors["candidates"], shape)
-            self.total, self.total_square = tensors["total"], tensors["total_square"]
+            active = self._site.pattern
+            device = active.indices.device
+            self._candidates = Pattern(tensors["candidates"].to(device), active.shape)
+            self.total = tensors["total"].to(device)
+            self.total_square = tensors["total_square"].to(device)
 
 
 def _pattern(chosen: Tensor, active: Pattern) -> Pattern:

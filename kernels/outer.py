@@ -126,12 +126,24 @@ class SharedInput:
         return transposed
 
 
-_latest: tuple[weakref.ref[Tensor], SharedInput] | None = None
+_Latest = tuple["weakref.ref[Tensor]", int, torch.dtype, "weakref.ref[SharedInput]"]
+_latest: _Latest | None = None
 
 
-def shared_input(x: Tensor) -> SharedInput:
-    """Return what the readers of this very tensor share; readers follow one another in forward."""
+def shared_input(x: Tensor, dtype: torch.dtype) -> SharedInput:
+    """Return what the readers of this very tensor share; readers follow one another in forward.
+
+    Args:
+        x: the input; the same object, unchanged since, is the same input.
+        dtype: what the readers compute in.
+    """
     global _latest
-    if _latest is None or _latest[0]() is not x:
-        _latest = (weakref.ref(x), SharedInput())
-    return _latest[1]
+    if _latest is not None:
+        known, version, kind, found = _latest
+        shared = found()
+        same = known() is x and version == x._version and kind == dtype
+        if same and shared is not None:
+            return shared
+    shared = SharedInput()
+    _latest = (weakref.ref(x), x._version, dtype, weakref.ref(shared))
+    return shared

@@ -56,8 +56,9 @@ def resident_linear(
     Raises:
         RuntimeError: in backward, when the weight's content is not what forward multiplied with.
     """
-    shared = shared_input(x)
+    original = x
     x, bias = _autocast(x), _autocast(bias)
+    shared = _announced(original, x.dtype, values)
     y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
@@ -74,8 +75,9 @@ def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tens
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
     """
-    shared = shared_input(x)
+    original = x
     x = _autocast(x)
+    shared = _announced(original, x.dtype, values)
     y: Tensor = _DeltaLinear.apply(x, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
@@ -105,7 +107,7 @@ class _ResidentLinear(torch.autograd.Function):
         needs_values = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_values else None, weight if needs_x else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
-        ctx.shared = _announced(shared, needs_values)
+        ctx.shared = shared
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
 
     @staticmethod
@@ -131,7 +133,7 @@ class _DeltaLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
-        ctx.shared = _announced(shared, ctx.needs_input_grad[1])
+        ctx.shared = shared
         return _times_delta(x, values, site.pattern, to_rows=not conv1d)
 
     @staticmethod
@@ -156,9 +158,12 @@ def check_stamp(ctx: Any) -> None:
         )
 
 
-def _announced(shared: SharedInput, reads: bool) -> SharedInput:
-    if reads:
-        shared.announce()
+def _announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
+    """Announce a reader of x, if a backward will come: a function can't tell in its forward."""
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return SharedInput()
+    shared = shared_input(x, dtype)
+    shared.announce()
     return shared
 
 

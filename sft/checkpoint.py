@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 TENSORS, MARK = "sft_state.safetensors", "sft_state.json"
@@ -45,14 +44,14 @@ def save_state(folder: Path, tensors: dict[str, Tensor], notes: dict[str, Any]) 
     os.replace(temporary, folder / MARK)
 
 
-def load_state(folder: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and notes of a whole checkpoint.
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, on the CPU, and the notes of a whole checkpoint.
 
     Raises:
         ValueError: the checkpoint is not whole (see `check_whole`).
     """
     notes = check_whole(folder)
-    return safetensors.torch.load_file(folder / TENSORS, device=str(device)), notes
+    return safetensors.torch.load_file(folder / TENSORS), notes
 
 
 def check_whole(folder: Path) -> dict[str, Any]:

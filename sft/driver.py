@@ -76,8 +76,14 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             if dynamics is not None:
                 self._dynamics[name] = dynamics
         # whatever is refused is refused before a weight is written
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu: got {args.n_gpu} in one process, whose replicas would write one weight; "
+                "set CUDA_VISIBLE_DEVICES to one of them, or start a process each with torchrun"
+            )
         _check_processes(model, changing=bool(self._dynamics), count=args.world_size)
-        _check_accumulators(tuner, kwargs["optimizer"])
+        reads = any(dynamics.reads_accumulators for dynamics in self._dynamics.values())
+        _check_accumulators(reads, kwargs["optimizer"])
         if self._dynamics:
             self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
@@ -187,7 +193,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, tuner: DeltaTuner
     ) -> None:
         folder = self._resume_folder(args, state)
-        tensors, notes = load_state(folder, next(model.parameters()).device)
+        tensors, notes = load_state(folder)
         found = model_support_hash(model)
         if notes["step"] != state.global_step or notes["support_sha256"] != found:
             raise ValueError(
@@ -198,9 +204,13 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         warn_of_changes(notes["settings"], _settings(tuner, state))
         for adapter, dynamics in self._dynamics.items():
             start = f"{adapter}//"
-            dynamics.load_state(
-                {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
-            )
+            parts = {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+            if not parts:
+                raise ValueError(
+                    f"growth: {folder} is of a run whose adapter {adapter!r} kept its support; "
+                    "set growth='none', or start a new run from its adapter"
+                )
+            dynamics.load_state(parts)
 
     def _resume_folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self.resume_from_checkpoint or args.resume_from_checkpoint
@@ -235,15 +245,13 @@ def _check_processes(model: nn.Module, *, changing: bool, count: int) -> None:
         )
 
 
-def _check_accumulators(tuner: DeltaTuner, optimizer: Any) -> None:
+def _check_accumulators(reads: bool, optimizer: Any) -> None:
     stock = _unwrap(optimizer)
-    for name in tuner.active_adapters:
-        config = tuner.peft_config[name]
-        if getattr(config, "growth", None) == "momentum" and not hasattr(stock, "accumulators"):
-            raise ValueError(
-                f"growth: 'momentum' reads SM3's row and column accumulators, which "
-                f"{type(stock).__name__} does not keep; leave optimizer='auto'"
-            )
+    if reads and not hasattr(stock, "accumulators"):
+        raise ValueError(
+            "growth: 'momentum' reads SM3's row and column accumulators, which "
+            f"{type(stock).__name__} does not keep; set the method's optimizer='sm3'"
+        )
 
 
 def _accumulators(optimizer: Any, parameter: nn.Parameter) -> Any:

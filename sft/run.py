@@ -77,6 +77,8 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
+    # autocast stays on the trained model's forward: what is measured and exported is the model
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     with phases.phase("save"), written_whole(output / run_folder.ADAPTER) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -196,9 +198,8 @@ def _train(trainer: Any, checkpoint: str | None) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
-        if checkpoint is None:
-            raise
-        raise UserError(f"training.resume_from_checkpoint: {checkpoint}: {error}") from error
+        where = f"training.resume_from_checkpoint: {checkpoint}: " if checkpoint else ""
+        raise UserError(f"{where}{error}") from error
     finally:
         for report in reports:
             report.close()

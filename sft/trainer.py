@@ -130,11 +130,10 @@ def method_optimizer(
         ValueError: `args.optim_args` are given for an optimizer of ours, which takes none.
     """
     config = tuner.peft_config[tuner.active_adapters[0]]
-    name = getattr(config, "optimizer", "auto")
-    momentum = getattr(config, "growth", None) == "momentum"
+    name = config.optimizer
     if name == "auto":
         named = args.optim != TrainingArguments.__dataclass_fields__["optim"].default
-        name = "sm3" if momentum else ("trainer" if named else "adamw")
+        name = "trainer" if named else config.suited_optimizer
     if name == "trainer":
         return None
     if args.optim_args:

@@ -28,7 +28,6 @@ from sft.adapters.window import Window
 
 GROWTHS = ("gradient", "momentum", "none")
 POOLS = ("micro_batch", "update")
-OPTIMIZERS = ("auto", "adamw", "sm3", "trainer")
 
 
 @dataclass
@@ -47,8 +46,6 @@ class SpielConfig(SparseConfig):
         candidates_from: "micro_batch" chooses candidates by the first backward pass of a window;
             "update" by its first whole update, which makes them independent of gradient
             accumulation and holds a dense gradient of the targets during that update.
-        optimizer: "adamw" (per-entry age), "sm3", "trainer" (what TrainingArguments.optim names),
-            or "auto": sm3 for MA, else adamw, unless TrainingArguments.optim was set.
     """
 
     growth: str = "gradient"
@@ -59,7 +56,6 @@ class SpielConfig(SparseConfig):
     first_full: bool | None = None
     stop_fraction: float = 1.0
     candidates_from: str = "micro_batch"
-    optimizer: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,13 +63,16 @@ class SpielConfig(SparseConfig):
         require("growth", self.growth, self.growth in GROWTHS, ", ".join(GROWTHS))
         pool = self.candidates_from
         require("candidates_from", pool, pool in POOLS, " or ".join(POOLS))
-        require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
         if self.first_full is None:
             self.first_full = self.selection == "random"
-        wrong = "adamw" if self.growth == "momentum" else None
-        allowed = "sm3 (or auto) with growth='momentum'"
-        require("optimizer", self.optimizer, self.optimizer != wrong, allowed)
+        fits = self.growth != "momentum" or self.optimizer in ("auto", "sm3")
+        require("optimizer", self.optimizer, fits, "sm3 (or auto) with growth='momentum'")
         self.schedule(total=1)
+
+    @property
+    def suited_optimizer(self) -> str:
+        """SM3 where its accumulators decide what is grown."""
+        return "sm3" if self.growth == "momentum" else "adamw"
 
     def schedule(self, total: int) -> Schedule:
         """Return when the support changes in a run of `total` updates."""
@@ -106,6 +105,8 @@ class SpielModel(DeltaTuner):
 
 class _Growth:
     """What both kinds of growth share."""
+
+    reads_accumulators = False
 
     def __init__(
         self,
@@ -233,6 +234,8 @@ class GradientGrowth(_Growth):
 
 class MomentumGrowth(_Growth):
     """SpIEL-MA: grow where the product of SM3's row and column accumulators is largest."""
+
+    reads_accumulators = True
 
     def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
         """Drop and grow in every layer if a reselection is due."""

@@ -374,3 +374,12 @@ def test_an_adapter_chosen_while_resident_sees_the_pre_trained_weight(spiel) -> 
     for name, layer in delta_layers(model).items():
         chosen = expected[name].delta_indices["default"]
         assert torch.equal(layer.delta_indices["other"], chosen)
+
+
+def test_a_forward_of_the_instance_is_not_bypassed(make_layer) -> None:
+    layer = make_layer("linear")
+    base = layer.get_base_layer()
+    base.forward = lambda x: F.linear(x, base.weight, base.bias) + 1
+    with sft.resident(layer):
+        assert torch.equal(layer.get_base_layer().weight, base.weight)
+        assert layer.settle() is None

@@ -126,7 +126,8 @@ def test_fact27_bad_fields_are_refused(field: str, value: object, message: str) 
 
 
 def test_momentum_needs_sm3() -> None:
-    with pytest.raises(ValueError, match="optimizer: got 'adamw', allowed is sm3"):
-        SpielConfig(growth="momentum", optimizer="adamw")
-    for optimizer in ("auto", "sm3", "trainer"):
+    for optimizer in ("adamw", "trainer"):
+        with pytest.raises(ValueError, match=f"optimizer: got '{optimizer}', allowed is sm3"):
+            SpielConfig(growth="momentum", optimizer=optimizer)
+    for optimizer in ("auto", "sm3"):
         SpielConfig(growth="momentum", optimizer=optimizer)

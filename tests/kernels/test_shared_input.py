@@ -70,3 +70,28 @@ def test_the_transposed_copy_goes_with_its_last_reader(transpositions) -> None:
     gc.collect()
     assert [copy() for copy in transpositions] == [None]
     assert loss.grad_fn is not None  # the graph itself is still alive
+
+
+def test_a_forward_without_backward_leaves_nothing_behind(transpositions) -> None:
+    """A static input buffer, evaluated, trained, refilled in place, trained again."""
+    ((weight, values, site),) = readers(1)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        resident_linear(x, weight, None, values, site, conv1d=False)
+    for _ in range(2):
+        values.grad = None
+        resident_linear(x, weight, None, values, site, conv1d=False).square().sum().backward()
+        expected = torch.zeros(2, requires_grad=True)
+        linear_reference(x, weight, None, expected, site.pattern).square().sum().backward()
+        torch.testing.assert_close(values.grad, expected.grad)
+        x.copy_(torch.randn(5, 4))
+
+
+def test_readers_that_compute_in_different_dtypes_share_nothing(transpositions) -> None:
+    (weight, values, site), (other, others, place) = readers(2)
+    x = torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = resident_linear(x, weight, None, values, site, conv1d=False)
+    z = resident_linear(x, other, None, others, place, conv1d=False)
+    (y.float().sum() + z.sum()).backward()
+    assert len(transpositions) == 2

@@ -155,6 +155,13 @@ def test_each_kind_of_mistake_is_one_line_and_writes_nothing(recipe_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_mixed_precision_exports_the_model_itself(recipe_file, tmp_path):
+    mixed = ("training.bf16=true", "training.use_cpu=true")
+    result = run("train", recipe_file, *mixed, "--plain")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["max_logit_difference"] == 0
+
+
 def test_export_by_command(recipe_file, tmp_path, tiny_model):
     assert run("train", recipe_file, "export.merged=false", "--plain").exit_code == 0
     adapter, to = tmp_path / "run" / "adapter", tmp_path / "merged"

@@ -228,3 +228,25 @@ def test_only_a_random_start_is_a_placeholder(selection) -> None:
     assert sft.SpielConfig(selection=selection).first_full == (selection == "random")
     assert sft.SpielConfig(selection=selection, first_full=True).first_full
     assert not sft.SpielConfig(selection=selection, first_full=False).first_full
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("window", 2.5),
+        ("reselect_every", 7.5),
+        ("num_weights", 10.5),
+        ("num_weights", True),
+        ("density", "0.1"),
+        ("calibration_batches", 1.5),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(field, value) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}: got {value!r}, allowed is"):
+        sft.SpielConfig(**{field: value})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "trainer"])
+def test_growth_by_momentum_wants_sm3(optimizer) -> None:
+    with pytest.raises(ValueError, match=r"^optimizer: got"):
+        sft.SpielConfig(growth="momentum", optimizer=optimizer)

@@ -31,7 +31,7 @@ def refused(folder):
 
 
 def test_what_was_saved_comes_back(folder):
-    tensors, notes = load_state(folder, torch.device("cpu"))
+    tensors, notes = load_state(folder)
     assert torch.equal(tensors["a"], torch.arange(3))
     assert torch.equal(tensors["b"], torch.ones(1))
     assert notes["step"] == 7
@@ -40,7 +40,7 @@ def test_what_was_saved_comes_back(folder):
 def test_tensors_may_share_storage(folder):
     base = torch.arange(4.0)
     save_state(folder, {"whole": base, "part": base[:2], "again": base}, {})
-    tensors, _ = load_state(folder, torch.device("cpu"))
+    tensors, _ = load_state(folder)
     assert torch.equal(tensors["part"], base[:2])
 
 

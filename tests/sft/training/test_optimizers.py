@@ -111,7 +111,6 @@ def test_what_is_merged_is_what_was_trained(lab):
         ({}, "SparseAdamW"),
         ({"growth": "momentum"}, "SM3"),
         ({"optim": "sgd"}, "SGD"),
-        ({"optim": "sgd", "growth": "momentum"}, "SM3"),
         ({"optim": "sgd", "optimizer": "adamw"}, "SparseAdamW"),
         ({"optimizer": "trainer"}, "AdamW"),
         ({"optimizer": "sm3", "growth": "none"}, "SM3"),

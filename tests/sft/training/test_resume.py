@@ -153,3 +153,10 @@ def test_settings_that_changed_are_named(lab, caplog):
     lab.run("other", lab.checkpoint("whole", 5), **whole | {"max_steps": 9, "seed": 3})
     assert "resume: trainer.max_steps was 12 and is now 9" in caplog.text
     assert "resume: default.seed was 0 and is now 3" in caplog.text
+
+
+def test_a_support_that_begins_to_move_is_refused(lab):
+    lab.run("whole", save_strategy="steps", save_steps=5, growth="none")
+    with pytest.raises(ValueError, match=r"^growth: .* kept its support") as caught:
+        lab.run("other", lab.checkpoint("whole", 5))
+    assert "\n" not in str(caught.value)
