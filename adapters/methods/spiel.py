@@ -10,7 +10,7 @@ bfloat16, and drop, merge and resume are exact; `reference=True` keeps their cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import PeftConfig, PeftType
@@ -103,19 +103,16 @@ class SpielModel(DeltaTuner):
         return kind(layers, adapter_name, config, schedule)
 
 
+@dataclass(eq=False)
 class _Growth:
     """What both kinds of growth share."""
 
-    reads_accumulators = False
+    layers: dict[str, DeltaLayer]
+    adapter: str
+    config: SpielConfig
+    schedule: Schedule
 
-    def __init__(
-        self,
-        layers: dict[str, DeltaLayer],
-        adapter: str,
-        config: SpielConfig,
-        schedule: Schedule,
-    ) -> None:
-        self.layers, self.adapter, self.config, self.schedule = layers, adapter, config, schedule
+    reads_accumulators = False
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Nothing to prepare."""
@@ -141,18 +138,11 @@ class _Growth:
         layer.replace_support(self.adapter, chosen.indices, chosen.source)
 
 
+@dataclass(eq=False)
 class GradientGrowth(_Growth):
     """SpIEL-AG: grow where the gradient accumulated over a window is largest."""
 
-    def __init__(
-        self,
-        layers: dict[str, DeltaLayer],
-        adapter: str,
-        config: SpielConfig,
-        schedule: Schedule,
-    ) -> None:
-        super().__init__(layers, adapter, config, schedule)
-        self.windows: dict[str, Window] = {}
+    windows: dict[str, Window] = field(default_factory=dict)
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Open the windows if update `step + 1` is the first of one."""

@@ -27,7 +27,9 @@ def test_fact04_bad_supports_are_refused(indices: torch.Tensor, message: str) ->
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("positions", [[], [0], [11], [0, 5, 11], list(range(12))])
 def test_fact04_good_supports_pass(positions: list[int], dtype: torch.dtype) -> None:
-    check_indices(torch.tensor(positions, dtype=dtype), (3, 4), "file")
+    indices = torch.tensor(positions, dtype=dtype)
+    check_indices(indices, (3, 4), "file")
+    assert indices.tolist() == positions
 
 
 def test_indices_are_narrow_where_they_fit() -> None:

@@ -51,7 +51,22 @@ def test_processes_that_would_choose_differently_are_refused(
 
 
 def test_processes_may_share_a_static_support(lab, two_processes):
-    begin(lab, lab.adapted(growth="none"))
+    from sft.adapters.resident import delta_layers
+
+    model = lab.adapted(growth="none")
+    begin(lab, model)
+    assert all(layer.content is not None for layer in delta_layers(model).values())
+
+
+def test_several_gpus_in_one_process_are_refused(lab, assert_equal, monkeypatch):
+    """Their replicas would write one another's weights."""
+    base = lab.base()
+    pristine, model = lab.weights(base), lab.adapted(base, init_weights=False, growth="none")
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ValueError, match=r"^n_gpu: got 2 in one process") as caught:
+        begin(lab, model)
+    assert "\n" not in str(caught.value)
+    assert_equal(lab.weights(model), pristine)
 
 
 class Scaled:
