@@ -57,7 +57,7 @@ def resident_linear(
         RuntimeError: in backward, when the weight's content is not what forward multiplied with.
     """
     original = x
-    x, bias = _autocast(x), _autocast(bias)
+    x, bias = as_autocast(x), as_autocast(bias)
     shared = _announced(original, x.dtype, values)
     y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
@@ -76,7 +76,7 @@ def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tens
         (..., out) in the dtype of x, or of the ambient autocast.
     """
     original = x
-    x = _autocast(x)
+    x = as_autocast(x)
     shared = _announced(original, x.dtype, values)
     y: Tensor = _DeltaLinear.apply(x, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
@@ -176,7 +176,7 @@ def _values_grad(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
         # read twice if there is a tap: both reads share one transposition
         grad = grad if site.tap is None else token_last(grad)
     outer = DenseOuter(x, grad) if ctx.conv1d else DenseOuter(grad, x)
-    with _no_autocast(x):
+    with without_autocast(x):
         if site.tap is not None:
             site.tap(outer)
         return outer.at(site.pattern)
@@ -190,19 +190,19 @@ def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) 
     size = pattern.shape if to_rows else pattern.shape[::-1]
     # COO: CSR products need MKL, which not every build of torch has
     delta = torch.sparse_coo_tensor(where, values.to(flat.dtype), size, check_invariants=False)
-    with _no_autocast(x):
+    with without_autocast(x):
         y: Tensor = torch.sparse.mm(delta, flat.t().contiguous()).t()
     return y.to(x.dtype).reshape(*x.shape[:-1], size[0])
 
 
-def _autocast(tensor: Tensor | None) -> Any:
+def as_autocast(tensor: Tensor | None) -> Any:
     """Cast as torch's autocast would: inside a custom function it does not cast by itself."""
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> torch.autocast:
     """Keep sums in float32 or wider where autocast would take them in half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
 
