@@ -1,0 +1,136 @@
+"""The proximal step of an l1 penalty, after each step of any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+RULES = ("soft", "reference")
+
+
+class Penalty(Protocol):
+    """A penalty strength * norm1(parameters); the strength is read anew at every step."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What is shrunk; each belongs to a group of the optimizer."""
+
+    @property
+    def strength(self) -> float:
+        """Weight of the penalty, >= 0."""
+
+    @property
+    def rule(self) -> str:
+        """`soft`, the exact operator, or `reference`, see `reference_threshold`."""
+
+    @property
+    def times_lr(self) -> bool:
+        """The threshold is lr * strength, as in proximal gradient, not the strength itself."""
+
+
+def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> RemovableHandle:
+    """Apply p <- prox(p, tau) to every penalised parameter after each step of the optimizer.
+
+    tau = lr * strength with the learning rate that the step used (of the group that holds the
+    parameter), or the strength itself: proximal gradient with the optimizer's step as the gradient
+    step. An update that a loss scaler skipped shrinks nothing.
+
+    Args:
+        optimizer: any torch optimizer, wrapped by accelerate or not.
+        penalties: their strengths may change between steps.
+
+    Returns:
+        a handle; `remove()` ends the shrinking.
+
+    Raises:
+        ValueError: a penalised parameter is none of the optimizer's, or a rule is unknown.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found = list(penalties)
+    known = _groups(inner)
+    for penalty in found:
+        if penalty.rule not in RULES:
+            raise ValueError(f"prox: got {penalty.rule!r}, allowed are {', '.join(RULES)}")
+        if any(id(parameter) not in known for parameter in penalty.parameters):
+            raise ValueError(
+                "penalties: got a parameter that the optimizer does not hold; create the optimizer "
+                "after the adapter, from the parameters that require a gradient"
+            )
+    return inner.register_step_post_hook(lambda stepped, *_: proximal_step_(stepped, found))
+
+
+@torch.no_grad()
+def proximal_step_(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> None:
+    """Shrink the parameters of each penalty by the learning rates that stand in the groups."""
+    groups = _groups(optimizer)
+    for penalty in penalties:
+        # by learning rate: layer-wise rates may have put the parameters into several groups
+        batches: dict[int, tuple[Any, list[Tensor]]] = {}
+        for parameter in penalty.parameters:
+            group = groups[id(parameter)]
+            batches.setdefault(id(group), (group["lr"], []))[1].append(parameter)
+        for lr, parameters in batches.values():
+            tau = lr * penalty.strength if penalty.times_lr else penalty.strength
+            _shrink_(parameters, _unless_skipped(optimizer, tau), penalty.rule)
+
+
+def soft_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
+    """Return sign(v) max(|v| - tau, 0), the proximal operator of tau * norm1.
+
+    Args:
+        value: floating, any shape.
+        tau: threshold >= 0; a tensor broadcasts.
+
+    Returns:
+        shape and dtype of value; exactly 0.0 where |v| <= tau.
+    """
+    # v - v is +0.0: no rounding and no negative zero inside the threshold
+    return value - value.clamp(-tau, tau)  # type: ignore[arg-type]
+
+
+def reference_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
+    """Return what SoRA's authors compute: three masked statements, one after another.
+
+    v -= tau where v > tau; v += tau where v < -tau; v = 0 where |v| < tau. The last statement sees
+    what the first two have shrunk, so the dead zone is 2 tau wide, not tau (but |v| = tau stays).
+
+    Args:
+        value: floating, any shape.
+        tau: threshold >= 0; a tensor broadcasts.
+
+    Paper: SoRA, arXiv 2311.11696, whose equation is `soft_threshold`; for comparison with its code.
+    """
+    value = torch.where(value > tau, value - tau, value)
+    value = torch.where(value < -tau, value + tau, value)
+    return torch.where(value.abs() < tau, torch.zeros_like(value), value)
+
+
+def _shrink_(parameters: list[Tensor], tau: float | Tensor, rule: str) -> None:
+    if isinstance(tau, (int, float)) and tau == 0:
+        return
+    if rule == "reference":
+        for parameter in parameters:
+            parameter.copy_(reference_threshold(parameter, tau))
+    elif isinstance(tau, Tensor):
+        for parameter in parameters:
+            parameter.copy_(soft_threshold(parameter, tau))
+    else:
+        # `soft_threshold` of all of them
+        inside = torch._foreach_clamp_min(parameters, -tau)
+        torch._foreach_clamp_max_(inside, tau)
+        torch._foreach_sub_(parameters, inside)
+
+
+def _unless_skipped(optimizer: torch.optim.Optimizer, tau: float | Tensor) -> float | Tensor:
+    """Return 0 for an update that a fused optimizer skipped: the loss scaler tells it so."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return tau if overflow is None else tau * (1 - overflow)
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Return the group of each parameter; loading a state replaces the groups."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
