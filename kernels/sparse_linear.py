@@ -58,7 +58,7 @@ def resident_linear(
     """
     original = x
     x, bias = as_autocast(x), as_autocast(bias)
-    shared = _announced(original, x.dtype, values)
+    shared = announced(original, x.dtype, values)
     y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
@@ -77,7 +77,7 @@ def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tens
     """
     original = x
     x = as_autocast(x)
-    shared = _announced(original, x.dtype, values)
+    shared = announced(original, x.dtype, values)
     y: Tensor = _DeltaLinear.apply(x, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
     return y
 
@@ -120,7 +120,7 @@ class _ResidentLinear(torch.autograd.Function):
             weight = weight.to(grad.dtype)
             dx = grad @ (weight.t() if ctx.conv1d else weight)
         if x is not None:
-            dvalues = _values_grad(ctx, x, grad).to(values.dtype)
+            dvalues = values_gradient(ctx, x, grad).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = grad.sum(dim=tuple(range(grad.dim() - 1)))
         return dx, None, dbias, dvalues, None, None, None
@@ -134,7 +134,7 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
         ctx.shared = shared
-        return _times_delta(x, values, site.pattern, to_rows=not conv1d)
+        return times_delta(x, values, site.pattern, to_rows=not conv1d)
 
     @staticmethod
     @once_differentiable
@@ -143,9 +143,9 @@ class _DeltaLinear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = _times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
+            dx = times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
         if x is not None:
-            dvalues = _values_grad(ctx, x, grad).to(values.dtype)
+            dvalues = values_gradient(ctx, x, grad).to(values.dtype)
         return dx, dvalues, None, None, None
 
 
@@ -158,8 +158,14 @@ def check_stamp(ctx: Any) -> None:
         )
 
 
-def _announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
-    """Announce a reader of x, if a backward will come: a function can't tell in its forward."""
+def announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
+    """Announce a reader of x, if a backward will come: a function can't tell in its forward.
+
+    Args:
+        x: the input as it was given, before any cast.
+        dtype: what the reader computes in.
+        values: the trained values.
+    """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return SharedInput()
     shared = shared_input(x, dtype)
@@ -167,8 +173,14 @@ def _announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
     return shared
 
 
-def _values_grad(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the deltas: (k,) float32 or wider. Feeds the tap, if there is one."""
+def values_gradient(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of the deltas, (k,) float32 or wider; feed the tap, if there is one.
+
+    Args:
+        ctx: of a custom function, with `site`, `shared` and `conv1d`.
+        x: (..., in).
+        grad: (..., out).
+    """
     site: Site = ctx.site
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if uses_sampled(site.pattern, x.device):
@@ -182,8 +194,18 @@ def _values_grad(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
         return outer.at(site.pattern)
 
 
-def _times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
-    """Multiply by the sparse matrix: x Delta^T to reach its rows, x Delta for its columns."""
+def times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
+    """Multiply by the sparse matrix: x Delta^T to reach its rows, x Delta for its columns.
+
+    Args:
+        x: (..., cols) to reach the rows, (..., rows) for the columns.
+        values: (k,) the entries.
+        pattern: their positions in the (rows, cols) matrix.
+        to_rows: which of the two.
+
+    Returns:
+        (..., rows) or (..., cols) in the dtype of x; sums are taken in float32 or wider.
+    """
     flat = widen(x).reshape(-1, x.shape[-1])
     rows, columns = pattern.rows(), pattern.columns.long()
     where = torch.stack([rows, columns] if to_rows else [columns, rows])
