@@ -74,8 +74,9 @@ class _GatedLinear(torch.autograd.Function):
         conv1d: bool,
     ) -> Tensor:
         read = x if dropped is None else dropped
-        u = _flat(read) @ a.to(x.dtype).t()  # (T, r)
-        gated, up = _gated(u, gate, scale), b.to(x.dtype).t()
+        # ranks first: BLAS is slow where the short side counts columns
+        u = a.to(x.dtype) @ _flat(read).t()  # (r, T)
+        gated, up = _gated(u, gate, scale).t(), b.to(x.dtype).t()
         if weight is None:
             y = gated @ up
         else:
@@ -98,22 +99,22 @@ class _GatedLinear(torch.autograd.Function):
         needs, scale = ctx.needs, ctx.scale
         flat = _flat(grad)
         dx = ddropped = da = db = dgate = None
-        raw = flat @ b.to(flat.dtype)  # (T, r), the gradient behind the gate
+        raw = b.to(flat.dtype).t() @ flat.t()  # (r, T), the gradient behind the gate
         du = _gated(raw, gate, scale)
         if weight is not None:
             weight = weight.to(flat.dtype)
             dx = flat @ (weight.t() if ctx.conv1d else weight)
         low = a.to(flat.dtype)
         if ctx.apart:
-            ddropped = du @ low if needs["dropped"] else None
+            ddropped = du.t() @ low if needs["dropped"] else None
         elif needs["x"]:
-            dx = du @ low if dx is None else dx.addmm_(du, low)
+            dx = du.t() @ low if dx is None else dx.addmm_(du.t(), low)
         if read is not None:
-            da = (du.t() @ _flat(read)).to(a.dtype)
+            da = (du @ _flat(read)).to(a.dtype)
         if needs["b"]:
-            db = (flat.t() @ _gated(u, gate, scale)).to(b.dtype)
+            db = (_gated(u, gate, scale) @ flat).t().to(b.dtype)
         if needs["gate"]:
-            dgate = (raw.to(gate.dtype) * u.to(gate.dtype)).sum(0) * scale
+            dgate = (raw.to(gate.dtype) * u.to(gate.dtype)).sum(1) * scale
         dbias = flat.sum(0) if needs["bias"] else None
         dx, ddropped = _shaped(dx, ctx.shape), _shaped(ddropped, ctx.shape)
         return dx, ddropped, None, dbias, da, db, dgate, None, None
@@ -123,8 +124,8 @@ _INPUTS = ("x", "dropped", "weight", "bias", "a", "b", "gate")
 
 
 def _gated(u: Tensor, gate: Tensor | None, scale: float) -> Tensor:
-    """Scale each rank of (T, r); the factor is taken in the gate's dtype."""
-    return u * (scale if gate is None else (gate * scale).to(u.dtype))
+    """Scale each rank of (r, T); the factor is taken in the gate's dtype."""
+    return u * (scale if gate is None else (gate * scale).to(u.dtype).unsqueeze(1))
 
 
 def _flat(tensor: Tensor) -> Tensor:

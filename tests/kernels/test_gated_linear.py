@@ -142,7 +142,7 @@ def test_only_x_and_its_ranks_are_saved(conv1d) -> None:
     _, saved = saved_by(lambda: gated_linear(**given, scale=SCALE, conv1d=conv1d))
     there = {t.data_ptr() for t in given.values() if t is not None}
     fresh = [t for t in saved if t.data_ptr() not in there]
-    assert [tuple(t.shape) for t in fresh] == [(6, 2)]
+    assert [tuple(t.shape) for t in fresh] == [(2, 6)]
     # frozen below: neither the weight nor a gradient of x is needed
     leaves[0].requires_grad_(False)
     _, saved = saved_by(lambda: gated_linear(**given, scale=SCALE, conv1d=conv1d))
