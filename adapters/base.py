@@ -2,56 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from sft.adapters.budget import allocate, allocate_reference
-from sft.adapters.config import SparseConfig
-from sft.adapters.delta_layer import DeltaLayer, DeltaLinear
-from sft.adapters.dynamics import Dynamics
-from sft.adapters.geometry import Kind, layer_kind
+from sft.adapters.calibration import Calibration
+from sft.adapters.dynamics import Dynamics, Penalty
+from sft.adapters.geometry import layer_kind
+from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
-from sft.adapters.select import Candidates, seeded, strategy
 
 
-class DeltaTuner(BaseTuner):  # type: ignore[misc]
-    """A PEFT tuner whose layers train deltas at a support.
+class SparseTuner(BaseTuner):  # type: ignore[misc]
+    """A PEFT tuner whose layers train a sparse part of a frozen model.
 
-    A method derives from it, names its `prefix`, and may override `dynamics`.
+    A method derives from it, names its `prefix` and its layers' class, and provides `new_layer` and
+    `attach`; the verbs after them say what else it asks of a training run.
     """
 
-    prefix = "delta_"
-    tuner_layer_cls = DeltaLayer
+    tuner_layer_cls: type[SparseLayer] = SparseLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and shape
 
-    # -- injection ---------------------------------------------------------------------------
+    # -- what a method provides ----------------------------------------------------------------
+
+    def new_layer(self, config: Any, target: nn.Module, name: str) -> SparseLayer:
+        """Return a layer of the method around `target`, without an adapter yet."""
+        raise NotImplementedError
+
+    def attach(
+        self, adapter: str, config: Any, targets: dict[str, SparseLayer], *, on_meta: bool
+    ) -> None:
+        """Share the budget out over the targets and give each of them the adapter.
+
+        Args:
+            adapter: its name.
+            config: its configuration.
+            targets: layers by module name in the base model.
+            on_meta: tensors go to the meta device: a file follows that fills them.
+
+        Raises:
+            ValueError: a target gets nothing to train, or the configuration does not fit.
+        """
+        raise NotImplementedError
+
+    def dynamics(self, adapter_name: str, total_steps: int) -> Dynamics | None:
+        """Return what changes the adapter while training, or None.
+
+        Args:
+            adapter_name: the adapter.
+            total_steps: number of optimizer updates of the whole run.
+        """
+        return None
+
+    def parameter_groups(self, adapter_name: str, learning_rate: float) -> list[dict[str, Any]]:
+        """Return torch parameter groups for what needs settings of its own, "params" included."""
+        return []
+
+    def penalties(self, adapter_name: str) -> list[Penalty]:
+        """Return the penalties whose proximal step follows each optimizer step."""
+        return []
+
+    def loss_terms(self, adapter_name: str) -> Tensor | None:
+        """Return what is added to the training loss of an update, or None."""
+        return None
+
+    def calibration(self, adapter_name: str) -> Calibration | None:
+        """Return how batches choose the adapter's support, or None if none are needed."""
+        return None
+
+    def adapted_layers(self, adapter_name: str) -> dict[str, Any]:
+        """Return the layers that carry the adapter, by module name in the base model.
+
+        Not `layers`: PEFT forwards such attributes to the base model, whose `layers` are its own.
+        """
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, SparseLayer) and adapter_name in module.trained_values
+        }
+
+    # -- injection -----------------------------------------------------------------------------
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Wrap the targets, share the budget out over them, and choose each support.
+        """Wrap the targets and attach the adapter to them.
 
         Raises:
             ValueError: a target can't be adapted, shares its weight, or gets no weight to train.
         """
-        self._targets: dict[str, DeltaLayer] = {}
+        self._targets: dict[str, SparseLayer] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         low_memory = kwargs.get("low_cpu_mem_usage", False)
-        counts = self._allocate(config, model)
-        for name, layer in self._targets.items():
-            _attach(layer, name, adapter_name, config, counts[name], on_meta=low_memory)
+        self.attach(adapter_name, config, self._targets, on_meta=low_memory)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _allocate(self, config: SparseConfig, model: nn.Module) -> dict[str, int]:
-        shapes = {name: layer.shape for name, layer in self._targets.items()}
-        if config.reference and config.density is not None:
-            return allocate_reference(config.density, _base_numel(model), shapes)
-        return allocate(config.budget().total(shapes), shapes)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         if peft_config.target_modules is None:
@@ -60,7 +111,7 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
 
     def _create_and_replace(
         self,
-        peft_config: SparseConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -68,11 +119,9 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
-        if not isinstance(target, DeltaLayer):
-            _check_target(self.model, target, current_key)
-            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            owner = DeltaLayer if layer_kind(base) is Kind.EMBEDDING else DeltaLinear
-            layer = owner(target, reference=peft_config.reference)
+        if not isinstance(target, SparseLayer):
+            check_target(self.model, target, current_key)
+            layer = self.new_layer(peft_config, target, current_key)
             self._replace_module(parent, target_name, layer, target)
             target = layer
         self._targets[current_key] = target
@@ -80,12 +129,42 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Give the base back, merged or not: no layer that goes may leave deltas in its weight."""
         for module in self.model.modules():
-            if isinstance(module, DeltaLayer):
+            if isinstance(module, SparseLayer):
                 module.leave_resident()
         base: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         return base
 
-    # -- files -----------------------------------------------------------------------------
+    # -- several adapters in one batch -----------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of a forward or generate call down to the layers."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        hook = partial(_pass_names, adapter_names=list(adapter_names))
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, SparseLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("adapter_names: the model is in training mode; call model.eval()")
+        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
+        if unknown:
+            known = ", ".join([*self.peft_config, BASE])
+            raise ValueError(f"adapter_names: got {unknown[0]!r}, allowed are {known}")
+
+    # -- files -----------------------------------------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep float32 deltas, or with `autocast_adapter_dtype=False` take the base's dtype."""
@@ -109,64 +188,13 @@ class DeltaTuner(BaseTuner):  # type: ignore[misc]
         check_adapter_file(model, adapter_name, mapped, cls.prefix)
         return mapped
 
-    # -- what a method may override ----------------------------------------------------------
 
-    def dynamics(self, adapter_name: str, total_steps: int) -> Dynamics | None:
-        """Return what changes the support while training, or None for a static support.
+def check_target(model: nn.Module, target: nn.Module, name: str) -> None:
+    """Raise unless the module has a weight of its own that a layer of ours can be put around.
 
-        Args:
-            adapter_name: the adapter.
-            total_steps: number of optimizer updates of the whole run.
-        """
-        return None
-
-    def adapted_layers(self, adapter_name: str) -> dict[str, DeltaLayer]:
-        """Return the layers that carry the adapter, by module name in the base model.
-
-        Not `layers`: PEFT forwards such attributes to the base model, whose `layers` are its own.
-        """
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, DeltaLayer) and adapter_name in module.delta_values
-        }
-
-
-def _attach(
-    layer: DeltaLayer, name: str, adapter: str, config: SparseConfig, k: int, *, on_meta: bool
-) -> None:
-    """Choose a support of k positions and add the adapter to the layer."""
-    if on_meta:
-        indices = torch.empty(k, dtype=torch.int64, device="meta")
-    else:
-        chosen = strategy(config.selection)
-        if chosen.CALIBRATED:
-            layer.pending.add(adapter)
-            chosen = strategy("random")
-        indices = chosen.select(candidates(layer, name, config), k)
-    # float64 bases keep their precision; any other base trains float32 deltas
-    dtype = layer.get_base_layer().weight.dtype
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.zeros(k, dtype=dtype, device=indices.device)
-    if not config.init_weights and not on_meta:
-        values = torch.randn(k, dtype=dtype)
-    layer.add_adapter(adapter, indices, values, inference_mode=config.inference_mode)
-
-
-def candidates(
-    layer: DeltaLayer, name: str, config: SparseConfig, scores: Tensor | None = None
-) -> Candidates:
-    """Return what a selection strategy may look at for this layer."""
-    return Candidates(
-        shape=layer.shape,
-        read=layer.pretrained_weight,
-        scores=scores,
-        largest=config.selection_order == "largest",
-        generator=seeded(config.seed, "select", name),
-    )
-
-
-def _check_target(model: nn.Module, target: nn.Module, name: str) -> None:
+    Raises:
+        ValueError: another kind of module, or one that shares its weight.
+    """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if layer_kind(base) is None:
         raise ValueError(
@@ -187,11 +215,7 @@ def _check_target(model: nn.Module, target: nn.Module, name: str) -> None:
         )
 
 
-def _base_numel(model: nn.Module) -> int:
-    own = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, DeltaLayer)
-        for parameter in module.delta_values.parameters()
-    }
-    return sum(p.numel() for p in model.parameters() if id(p) not in own)
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -2,107 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sft.adapters.base import DeltaTuner, candidates
-from sft.adapters.delta_layer import DeltaLayer
-from sft.adapters.select import Strategy, strategy
-from sft.kernels.outer import Outer
-from sft.kernels.outer_at import rows_per_block
+from sft.adapters.base import SparseTuner
+from sft.adapters.calibration import Calibration
+from sft.adapters.layer import sparse_layers
 
 
 def pending_adapters(model: nn.Module) -> list[str]:
     """Return the adapters whose support is a placeholder until `calibrate` has run."""
-    layers = (m for m in model.modules() if isinstance(m, DeltaLayer))
-    return sorted({name for layer in layers for name in layer.pending})
+    return sorted({name for layer in sparse_layers(model).values() for name in layer.pending})
 
 
 def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "default") -> int:
-    """Accumulate gradient scores over batches and choose the adapter's support by them.
+    """Run batches and choose the adapter's support by what they show.
 
-    Runs forward and backward in eval mode, so dropout draws nothing, and holds one float32 score
-    for each targeted weight meanwhile.
+    Runs in eval mode, so dropout draws nothing: forward alone where activations decide, and
+    backward too where gradients do.
 
     Args:
-        model: a PeftModel whose adapter has a calibrated selection ("gradient", "fisher").
-        batches: keyword arguments of the model, labels included; the configuration's
-            `calibration_batches` of them are read.
+        model: a PeftModel whose adapter has a calibrated selection.
+        batches: keyword arguments of the model, labels included where gradients decide; as many are
+            read as the configuration says.
         adapter: its name.
 
     Returns:
         The number of batches read.
 
     Raises:
-        ValueError: there are no batches, they give no loss, or no gradient reaches a layer.
+        ValueError: there are no batches, they give no loss, or nothing reaches a layer.
     """
-    tuner: DeltaTuner = model.base_model
-    config = tuner.peft_config[adapter]
+    tuner: SparseTuner = model.base_model
+    calibration = tuner.calibration(adapter)
+    if calibration is None:
+        found = getattr(tuner.peft_config[adapter], "selection", None)
+        raise ValueError(f"selection: got {found!r}, which reads no batches")
     layers = tuner.adapted_layers(adapter)
-    chosen = strategy(config.selection)
-    if not chosen.CALIBRATED:
-        raise ValueError(f"selection: got {config.selection!r}, which reads no batches")
-    if any(bool(layer.delta_values[adapter].any()) for layer in layers.values()):
+    if any(bool(layer.trained_values[adapter].any()) for layer in layers.values()):
         raise ValueError(
             f"calibration: adapter {adapter!r} is trained already; a new support would undo it"
         )
-    scores = {name: _Scores(chosen) for name in layers}
+    wanted = calibration.num_batches(len(batches) if isinstance(batches, Sized) else None)
     training = model.training
     model.eval()
-    for name, layer in layers.items():
-        layer.site(adapter).tap = scores[name].add
+    calibration.open()
     try:
-        count = _run(model, islice(batches, config.calibration_batches))
+        count = _run(model, islice(batches, wanted), calibration)
     finally:
-        for layer in layers.values():
-            layer.site(adapter).tap = None
+        calibration.close()
         model.train(training)
         model.zero_grad(set_to_none=True)
-    unseen = [name for name in layers if scores[name].total is None]
-    if unseen:
-        raise ValueError(
-            f"calibration: {unseen[0]!r} got no gradient from {count} batches ({len(unseen)} such "
-            "modules); leave it out with exclude_modules or choose selection='random'"
-        )
-    for name, layer in layers.items():
-        values = layer.delta_values[adapter]
-        found = candidates(layer, name, config, scores[name].total)
-        indices = chosen.select(found, values.numel())
-        layer.replace_support(adapter, indices, torch.full_like(indices, -1))
-        layer.pending.discard(adapter)
+    calibration.choose(count)
     return count
 
 
-class _Scores:
-    """Dense (rows * cols,) float32 scores of one layer."""
-
-    def __init__(self, chosen: Strategy) -> None:
-        self._chosen = chosen
-        self.total: Tensor | None = None
-
-    def add(self, outer: Outer) -> None:
-        """Add one backward pass, row block by row block."""
-        rows, cols = outer.shape
-        step = rows_per_block(cols, 4)
-        for start in range(0, rows, step):
-            block = outer.block(start, min(start + step, rows)).view(-1)
-            if self.total is None:
-                self.total = block.new_zeros(rows * cols)
-            part = self.total[start * cols : start * cols + block.numel()]
-            part += self._chosen.increment(block)
-
-
-def _run(model: Any, batches: Iterable[Mapping[str, Any]]) -> int:
+def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibration) -> int:
     count = 0
     for batch in batches:
-        loss = getattr(model(**batch), "loss", None)
-        if loss is None:
-            raise ValueError("calibration: the batches give no loss; they need labels")
-        loss.backward()
+        calibration.before_batch(batch)
+        with nullcontext() if calibration.backward else torch.no_grad():
+            output = model(**batch)
+        if calibration.backward:
+            loss = getattr(output, "loss", None)
+            if loss is None:
+                raise ValueError("calibration: the batches give no loss; they need labels")
+            loss.backward()
         count += 1
     if count == 0:
         raise ValueError("calibration: got no batches; pass at least one")

@@ -1,4 +1,4 @@
-"""What a method whose support changes while training tells its driver."""
+"""What a method that changes or constrains its adapter while training tells its driver."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ Accumulators = Callable[[nn.Parameter], "tuple[Tensor, Tensor] | None"]
 
 @dataclass(frozen=True)
 class SupportChange:
-    """One parameter's slots after a reselection.
+    """One parameter's slots after a reselection, or after some of them left.
 
     Args:
         name: the module.
-        parameter: the values, (k,); the object and its size stay.
-        source: (k,) int64, the old slot each slot comes from, or -1 where freshly grown.
+        parameter: the values, already in their new shape; the object stays.
+        source: int64, one for each slot along `dim`: the old slot it comes from, or -1 where
+            freshly grown. Shorter than before where slots left for good.
         mean_grad: (k,) float32, mean gradient per update over the window, read where source is -1.
         mean_square: (k,) float32, mean squared gradient, likewise.
         updates: number of updates the means are over; 0 if there are none.
@@ -30,6 +31,25 @@ class SupportChange:
     mean_grad: Tensor | None = None
     mean_square: Tensor | None = None
     updates: int = 0
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """An l1 penalty whose proximal step follows each optimizer step.
+
+    Args:
+        parameters: what it acts on, entry by entry.
+        strength: lambda.
+        rule: "soft" for the exact proximal operator, "reference" for the one of SoRA's authors.
+        times_lr: the threshold is learning rate * lambda, as in proximal gradient descent; else
+            lambda itself.
+    """
+
+    parameters: list[nn.Parameter]
+    strength: float
+    rule: str = "soft"
+    times_lr: bool = True
 
 
 class Dynamics(Protocol):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from sft.adapters.delta_layer import DeltaLayer
-from sft.adapters.support import check_indices, fingerprint
+from sft.adapters.layer import SparseLayer, sparse_layers
 
 
 def check_adapter_file(
@@ -25,55 +23,31 @@ def check_adapter_file(
             range, or was made for another base weight.
     """
     expected: set[str] = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, DeltaLayer) or adapter not in layer.delta_values:
-            continue
-        parts = {part: f"{name}.delta_{part}.{adapter}" for part in ("values", "indices", "base")}
-        for key in parts.values():
-            if key not in tensors:
-                raise ValueError(
-                    f"adapter file: {_shown(key, adapter)!r} is missing; the adapter was made for "
-                    "another model or other target_modules, or the file is damaged"
-                )
-        expected.update(parts.values())
-        _check_layer(layer, adapter, {part: tensors[key] for part, key in parts.items()}, name)
+    layers = sparse_layers(model)
+    for name, layer in layers.items():
+        if adapter in layer.trained_values:
+            expected |= _check_layer(name, layer, adapter, tensors)
     extra = sorted(key for key in tensors if f".{prefix}" in key and key not in expected)
     if extra:
         raise ValueError(
             f"adapter file: {extra[0]!r} has no place in this model ({len(extra)} such entries); "
             "the adapter was made for another model or other target_modules"
         )
-    for layer in model.modules():
-        if isinstance(layer, DeltaLayer):
-            layer.pending.discard(adapter)
+    for layer in layers.values():
+        layer.pending.discard(adapter)
 
 
-def _check_layer(layer: DeltaLayer, adapter: str, parts: dict[str, Tensor], name: str) -> None:
-    wanted = tuple(layer.delta_values[adapter].shape)
-    for part in ("values", "indices"):
-        if tuple(parts[part].shape) != wanted:
+def _check_layer(
+    name: str, layer: SparseLayer, adapter: str, tensors: dict[str, Tensor]
+) -> set[str]:
+    """Check one layer's entries; return their keys."""
+    keys = {part: f"{name}.{part}.{adapter}" for part in layer.file_parts(adapter)}
+    for key in keys.values():
+        if key not in tensors:
             raise ValueError(
-                f"adapter file: {name}.delta_{part} holds {tuple(parts[part].shape)} entries, its "
-                f"adapter_config.json gives {wanted} for a weight of {layer.shape}"
+                f"adapter file: {key.removesuffix(f'.{adapter}')!r} is missing; the adapter was "
+                "made for another model or other target_modules, or the file is damaged"
             )
-    values, base = parts["values"], parts["base"]
-    if not values.is_floating_point():
-        raise ValueError(
-            f"adapter file: {name}.delta_values is {values.dtype}, allowed are float dtypes"
-        )
-    if base.dtype != torch.int64 or base.numel() != 1:
-        raise ValueError(
-            f"adapter file: {name}.delta_base holds {base.dtype} {tuple(base.shape)}, allowed is "
-            "one torch.int64; the file is damaged"
-        )
-    check_indices(parts["indices"], layer.shape, f"adapter file: {name}.delta_indices")
-    made_for, found = int(base), fingerprint(layer.get_base_layer().weight)
-    if made_for and found and made_for != found:
-        raise ValueError(
-            f"adapter file: {name} was trained on another base weight of shape {layer.shape} "
-            f"(fingerprint {made_for:016x}, this base has {found:016x}); load it on its own base"
-        )
-
-
-def _shown(key: str, adapter: str) -> str:
-    return key.removesuffix(f".{adapter}")
+    parts = {part: tensors[key] for part, key in keys.items()}
+    layer.check_file(adapter, parts, f"adapter file: {name}")
+    return set(keys.values())

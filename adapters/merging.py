@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from sft.kernels.write import write_
+from sft.adapters.region import Region
 
 
 class MergeStack:
     """Remembers the originals under each merged adapter."""
 
     def __init__(self) -> None:
-        self._stack: list[tuple[Tensor, Tensor]] = []
+        self._stack: list[tuple[Region, Tensor]] = []
 
-    def push(self, indices: Tensor, originals: Tensor) -> None:
-        """Remember (k,) originals at (k,) positions; the positions are copied."""
-        self._stack.append((indices.clone(), originals))
+    def push(self, region: Region, originals: Tensor) -> None:
+        """Remember what the region held; where it lies is copied."""
+        self._stack.append((region.mapped(torch.clone), originals))
 
     def undo(self, weight: Tensor) -> None:
         """Write all originals back, the last merged first."""
         while self._stack:
-            indices, originals = self._stack.pop()
-            write_(weight, indices, originals)
+            region, originals = self._stack.pop()
+            region.write(weight, originals)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast along with the layer."""
-        self._stack = [(fn(indices), fn(originals)) for indices, originals in self._stack]
+        self._stack = [(region.mapped(fn), fn(originals)) for region, originals in self._stack]

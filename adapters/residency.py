@@ -2,71 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sft.adapters.region import Region
 from sft.kernels.compose import compose
-from sft.kernels.gather import gather
-from sft.kernels.write import write_
 
-if TYPE_CHECKING:
-    from sft.adapters.delta_layer import DeltaLayer
-
-Key = tuple[str, int, int, int]
+Key = tuple[str, int, int]
 
 _STOCK_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
+
+
+class Residence(NamedTuple):
+    """What W holds for an adapter: w0 + values in the region.
+
+    The region is the same object for as long as it is the same place.
+    """
+
+    region: Region
+    values: Tensor
 
 
 class Residency:
     """Writes one adapter's effective weight into a layer's W and restores the originals exactly.
 
-    W holds w0 + delta at the trained positions while a key is set; the k originals are stashed.
-    Every write is an assignment from the stash and the fp32 values, so nothing drifts.
+    W holds w0 + delta in the adapter's region while a key is set; the originals are stashed. Every
+    write is an assignment from the stash and the fp32 values, so nothing drifts.
 
     Args:
-        layer: whose base weight it is. A copy of the layer copies this along with it.
+        weight: returns W. It must come along when the layer is copied: a bound method does.
         reference: round as SpIEL's authors do (see `compose`).
     """
 
-    def __init__(self, layer: DeltaLayer, *, reference: bool) -> None:
+    def __init__(self, weight: Callable[[], Tensor], *, reference: bool = False) -> None:
         self.enabled = False
         self.key: Key | None = None
-        self._layer = layer
+        self._weight = weight
         self._reference = reference
         self._forced = 0
-        self._indices: Tensor | None = None
+        self._region: Region | None = None
         self._stash: Tensor | None = None
 
-    def _weight(self) -> Tensor:
-        weight: Tensor = self._layer.get_base_layer().weight
-        return weight
-
-    def write(self, name: str, indices: Tensor, values: Tensor) -> None:
-        """Bring W to the effective weight of this adapter; nothing to do when it is there.
-
-        Args:
-            name: the adapter.
-            indices: (k,) its support.
-            values: (k,) its deltas.
-        """
-        key = (name, values._version, indices._version, self._forced)
-        if key == self.key and indices is self._indices:
+    def write(self, name: str, residence: Residence) -> None:
+        """Bring W to the effective weight of this adapter; nothing to do when it is there."""
+        region, values = residence
+        key = (name, values._version, self._forced)
+        if key == self.key and region is self._region:
             return
-        if self._indices is not indices or self.key is None or self.key[2] != key[2]:
+        if self._region is not region or self.key is None:
             self.restore()
-            self._indices, self._stash = indices, gather(self._weight(), indices)
+            self._region, self._stash = region, region.read(self._weight())
         assert self._stash is not None
-        effective = compose(self._stash, values.detach(), reference=self._reference)
-        write_(self._weight(), indices, effective)
+        region.write(
+            self._weight(), compose(self._stash, values.detach(), reference=self._reference)
+        )
         self.key = key
 
     def restore(self) -> None:
         """Write the originals back; W is then the pre-trained weight, bit for bit."""
-        if self._indices is not None and self._stash is not None:
-            write_(self._weight(), self._indices, self._stash)
-        self.key = self._indices = self._stash = None
+        if self._region is not None and self._stash is not None:
+            self._region.write(self._weight(), self._stash)
+        self.key = self._region = self._stash = None
 
     def invalidate(self) -> None:
         """Make the next write happen even if the values' version counter did not move."""

@@ -11,25 +11,21 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.layer import sparse_layers
 
 logger = logging.getLogger(__name__)
-
-
-def delta_layers(model: nn.Module) -> dict[str, DeltaLayer]:
-    """Return all layers of the model that carry deltas, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DeltaLayer)}
 
 
 def enter_resident(model: nn.Module) -> dict[str, str]:
     """Let every layer hold its effective weight; return the reasons of those that run aside."""
     aside = {}
-    for name, layer in delta_layers(model).items():
+    layers = sparse_layers(model)
+    for name, layer in layers.items():
         reason = layer.enter_resident()
         if reason is not None:
             aside[name] = reason
-    total = len(delta_layers(model))
-    logger.info("%d of %d sparse layers hold resident weights", total - len(aside), total)
+    held = sum(layer.content is not None for layer in layers.values())
+    logger.info("%d of %d sparse layers hold resident weights", held, len(layers))
     if aside:
         name, reason = next(iter(aside.items()))
         logger.warning("%d sparse layers run aside: %s, as %s", len(aside), name, reason)
@@ -38,13 +34,13 @@ def enter_resident(model: nn.Module) -> dict[str, str]:
 
 def leave_resident(model: nn.Module) -> None:
     """Restore every base weight bit for bit."""
-    for layer in delta_layers(model).values():
+    for layer in sparse_layers(model).values():
         layer.leave_resident()
 
 
 def sync_resident(model: nn.Module) -> None:
     """Write the trained values to the weights, after an optimizer step."""
-    for layer in delta_layers(model).values():
+    for layer in sparse_layers(model).values():
         layer.sync()
 
 
@@ -71,6 +67,6 @@ def resident(model: nn.Module) -> Iterator[nn.Module]:
 def _sync_stepped(model: nn.Module, optimizer: Optimizer, *_: Any) -> None:
     """Write what this optimizer moved: fused and 8-bit ones don't raise a tensor's version."""
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in delta_layers(model).values():
-        if any(id(values) in moved for values in layer.delta_values.values()):
+    for layer in sparse_layers(model).values():
+        if any(id(values) in moved for values in layer.trained_values.values()):
             layer.sync()

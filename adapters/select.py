@@ -7,13 +7,17 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 import sft.adapters.selection as family
 from sft.kernels.topk import StreamingTopK
+
+if TYPE_CHECKING:
+    from sft.adapters.config import SparseConfig
+    from sft.adapters.layer import SparseLayer
 
 ORDERS = ("largest", "smallest")
 
@@ -86,3 +90,23 @@ def seeded(seed: int, *names: object) -> torch.Generator:
     content = "\0".join(map(str, (seed, *names))).encode()
     key = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
     return torch.Generator("cpu").manual_seed(key)
+
+
+def candidates_of(
+    layer: SparseLayer, name: str, config: SparseConfig, scores: Tensor | None = None
+) -> Candidates:
+    """Return what a selection strategy may look at for this layer.
+
+    Args:
+        layer: the layer.
+        name: its name in the base model.
+        config: order and seed.
+        scores: (rows * cols,) from calibration, or None.
+    """
+    return Candidates(
+        shape=layer.shape,
+        read=layer.pretrained_weight,
+        scores=scores,
+        largest=config.selection_order == "largest",
+        generator=seeded(config.seed, "select", name),
+    )

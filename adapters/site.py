@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
+from sft.adapters.region import Positions
 from sft.kernels.pattern import Pattern
 from sft.kernels.sparse_linear import Tap
 
 if TYPE_CHECKING:
-    from sft.adapters.delta_layer import DeltaLayer
+    from sft.adapters.layer import SparseLayer
 
 
 class DeltaSite:
@@ -18,28 +20,42 @@ class DeltaSite:
 
     Args:
         layer: the layer.
+        indices: its supports by adapter; they are read anew when they were replaced or written to.
         name: the adapter.
     """
 
-    def __init__(self, layer: DeltaLayer, name: str) -> None:
+    def __init__(self, layer: SparseLayer, indices: BufferDict, name: str) -> None:
         self.tap: Tap | None = None
         self._layer = layer
+        self._indices = indices
         self._name = name
         self._pattern: Pattern | None = None
+        self._region: Positions | None = None
         self._version = -1
 
     @property
     def pattern(self) -> Pattern:
         """The support; its CSR view is kept until the indices change."""
-        indices: Tensor = self._layer.delta_indices[self._name]
-        stale = self._pattern is None or self._pattern.indices is not indices
-        if stale or self._version != indices._version:
-            self._pattern = Pattern(indices, self._layer.shape)
-            self._version = indices._version
+        self._renew()
         assert self._pattern is not None
         return self._pattern
+
+    @property
+    def region(self) -> Positions:
+        """The support as a region: the same object until the indices change."""
+        self._renew()
+        assert self._region is not None
+        return self._region
 
     @property
     def stamp(self) -> object:
         """Equal stamps mean that W and the support are the same."""
         return (self._layer.content, self.pattern)
+
+    def _renew(self) -> None:
+        indices: Tensor = self._indices[self._name]
+        known = self._pattern is not None and self._pattern.indices is indices
+        if not known or self._version != indices._version:
+            self._pattern = Pattern(indices, self._layer.shape)
+            self._region = Positions(indices)
+            self._version = indices._version

@@ -41,6 +41,57 @@ def check_indices(indices: Tensor, shape: tuple[int, int], where: str) -> None:
         raise ValueError(f"{where}: positions must be strictly ascending; the file is damaged")
 
 
+def check_values(values: Tensor, wanted: tuple[int, ...], where: str, weight: object) -> None:
+    """Raise unless trained values read from a file have the wanted shape and a float dtype.
+
+    Args:
+        values: as read.
+        wanted: the shape that adapter_config.json gives.
+        where: names the file entry in the message.
+        weight: the shape of the weight, for the message.
+
+    Raises:
+        ValueError: another shape or kind.
+    """
+    check_shape(values, wanted, where, weight)
+    if not values.is_floating_point():
+        raise ValueError(f"{where} is {values.dtype}, allowed are float dtypes")
+
+
+def check_shape(tensor: Tensor, wanted: tuple[int, ...], where: str, weight: object) -> None:
+    """Raise unless a tensor of a file has the wanted shape."""
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"{where} holds {tuple(tensor.shape)} entries, its "
+            f"adapter_config.json gives {wanted} for a weight of {weight}"
+        )
+
+
+def check_base(made_for: Tensor, weight: Tensor, module: str, part: str) -> None:
+    """Raise unless an adapter file was made for this base weight.
+
+    Args:
+        made_for: the fingerprint in the file, one int64.
+        weight: the base weight.
+        module: names it in messages.
+        part: names the file entry.
+
+    Raises:
+        ValueError: not a fingerprint, or that of another weight.
+    """
+    if made_for.dtype != torch.int64 or made_for.numel() != 1:
+        raise ValueError(
+            f"{module}.{part} holds {made_for.dtype} {tuple(made_for.shape)}, allowed is "
+            "one torch.int64; the file is damaged"
+        )
+    wanted, found = int(made_for), fingerprint(weight)
+    if wanted and found and wanted != found:
+        raise ValueError(
+            f"{module} was trained on another base weight of shape {tuple(weight.shape)} "
+            f"(fingerprint {wanted:016x}, this base has {found:016x}); load it on its own base"
+        )
+
+
 def as_indices(positions: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
     """Return positions in the dtype and on the device that a layer keeps them."""
     return positions.to(device=device, dtype=index_dtype(shape[0] * shape[1]))

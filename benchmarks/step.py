@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import sft
-from sft.adapters.resident import delta_layers, enter_resident, sync_resident
+from sft.adapters.layer import sparse_layers
+from sft.adapters.resident import enter_resident, sync_resident
 from sft.adapters.window import Window
 from sft.embedded import folder_of
 from sft.optim.adamw import SparseAdamW
@@ -122,7 +123,7 @@ def spiel(base: nn.Module) -> Case:
 def spiel_aside(base: nn.Module) -> Case:
     """The same deltas with the base untouched: y = base(x) + x Delta^T."""
     case = spiel(base)
-    for layer in delta_layers(case.model).values():
+    for layer in sparse_layers(case.model).values():
         layer.leave_resident()
     return case
 
@@ -134,7 +135,7 @@ def spiel_window(base: nn.Module) -> Case:
 
     def before() -> None:
         if not windows:
-            for layer in delta_layers(case.model).values():
+            for layer in sparse_layers(case.model).values():
                 windows.append(_window(layer))
 
     return Case(case.model, case.optimizer, before, after=_closing(case, windows))
@@ -146,7 +147,7 @@ def spiel_window_start(base: nn.Module) -> Case:
     windows: list[Window] = []
 
     def before() -> None:
-        windows[:] = [_window(layer) for layer in delta_layers(case.model).values()]
+        windows[:] = [_window(layer) for layer in sparse_layers(case.model).values()]
 
     return Case(case.model, case.optimizer, before, after=_closing(case, windows))
 

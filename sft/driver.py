@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft.adapters.base import DeltaTuner
+from sft.adapters.base import SparseTuner
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.dynamics import Dynamics
 from sft.adapters.resident import enter_resident, leave_resident, sync_resident
@@ -190,7 +190,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         leave_resident(model)
 
     def _resume(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, tuner: DeltaTuner
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, tuner: SparseTuner
     ) -> None:
         folder = self._resume_folder(args, state)
         tensors, notes = load_state(folder)
@@ -219,7 +219,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _settings(tuner: DeltaTuner, state: TrainerState) -> dict[str, dict[str, Any]]:
+def _settings(tuner: SparseTuner, state: TrainerState) -> dict[str, dict[str, Any]]:
     return {**method_settings(tuner), "trainer": {"max_steps": state.max_steps}}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
-from sft.adapters.base import DeltaTuner
-from sft.adapters.resident import delta_layers
+from sft.adapters.base import SparseTuner
+from sft.adapters.layer import sparse_layers
 from sft.adapters.support import support_hash
 
 Settings = dict[str, dict[str, Any]]
@@ -20,31 +21,31 @@ logger = logging.getLogger(__name__)
 _NOT_SETTINGS = {"inference_mode", "peft_version", "auto_mapping", "base_model_name_or_path"}
 
 
-def sparse_tuner(model: nn.Module) -> DeltaTuner | None:
+def sparse_tuner(model: nn.Module) -> SparseTuner | None:
     """Return the tuner of a PeftModel with a sparse adapter, else None."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, DeltaTuner) else None
+    return tuner if isinstance(tuner, SparseTuner) else None
 
 
 def model_support_hash(model: nn.Module) -> str:
     """Return the SHA-256 over all supports of the model."""
     return support_hash(
-        (f"{name}.{adapter}", layer.delta_indices[adapter])
-        for name, layer in delta_layers(model).items()
-        for adapter in layer.delta_values
+        (f"{name}.{adapter}", layer.support(adapter))
+        for name, layer in sparse_layers(model).items()
+        for adapter in layer.trained_values
     )
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 over the fingerprints of the adapted base weights."""
     return support_hash(
-        (f"{name}.{adapter}", layer.delta_base[adapter])
-        for name, layer in delta_layers(model).items()
-        for adapter in layer.delta_values
+        (f"{name}.{adapter}", torch.tensor([layer.made_for(adapter)]))
+        for name, layer in sparse_layers(model).items()
+        for adapter in layer.trained_values
     )
 
 
-def method_settings(tuner: DeltaTuner) -> Settings:
+def method_settings(tuner: SparseTuner) -> Settings:
     """Return the settings of the active adapters as plain values."""
     return {
         adapter: {

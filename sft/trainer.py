@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from sft.adapters.base import DeltaTuner
-from sft.adapters.resident import delta_layers
+from sft.adapters.base import SparseTuner
+from sft.adapters.layer import sparse_layers
 from sft.checkpoint import check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
 from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
+from sft.parameter_groups import split_groups
 
 if TYPE_CHECKING:
     # TRL's trainers derive from this one too
@@ -74,11 +76,40 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         given = self.optimizer_cls_and_kwargs
         if tuner is not None and given is None:
             self.optimizer_cls_and_kwargs = method_optimizer(tuner, self.args)
+        made_here = self.optimizer is None
         try:
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
             # the next run may have another model or learning rate
             self.optimizer_cls_and_kwargs = given
+        if tuner is not None and made_here:
+            for name in tuner.active_adapters:
+                split_groups(optimizer, tuner.parameter_groups(name, self.args.learning_rate))
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss; in training, with the terms that the method adds to it."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tuner = sparse_tuner(self.model)
+        if tuner is None or not model.training:
+            return found
+        terms = [term for n in tuner.active_adapters if (term := tuner.loss_terms(n)) is not None]
+        if not terms:
+            return found
+        # once an update: the Trainer divides by the micro-batches a loss that is a mean over each
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        term = torch.stack(terms).sum()
+        term = term / self.current_gradient_accumulation_steps if scaled else term
+        return (found[0] + term, *found[1:]) if return_outputs else found + term
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -117,7 +148,7 @@ class SparseTrainer(SparseTrainingMixin, Trainer):  # type: ignore[misc]
 
 
 def method_optimizer(
-    tuner: DeltaTuner, args: TrainingArguments
+    tuner: SparseTuner, args: TrainingArguments
 ) -> tuple[type[Any], dict[str, Any]] | None:
     """Return the optimizer class and arguments for a method, or None for the Trainer's own.
 
@@ -151,20 +182,19 @@ def method_optimizer(
     }
 
 
-def _positions(tuner: DeltaTuner) -> Any:
+def _positions(tuner: SparseTuner) -> Any:
     """Return a look-up from a values parameter to where its entries lie now."""
     places = {
         id(values): (layer, adapter)
-        for layer in delta_layers(tuner).values()
-        for adapter, values in layer.delta_values.items()
+        for layer in sparse_layers(tuner).values()
+        for adapter, values in layer.trained_values.items()
     }
 
     def look_up(parameter: nn.Parameter) -> Positions | None:
-        place = places.get(id(parameter))
-        if place is None:
+        layer, adapter = places.get(id(parameter), (None, ""))
+        pattern = None if layer is None else layer.pattern(adapter)
+        if pattern is None:
             return None
-        layer, adapter = place
-        pattern = layer.site(adapter).pattern
         return Positions(pattern.rows(), pattern.columns.long(), pattern.shape)
 
     return look_up

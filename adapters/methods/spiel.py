@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sft.adapters.base import DeltaTuner
 from sft.adapters.config import SparseConfig, require
 from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.delta_tuner import DeltaTuner
 from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
 from sft.adapters.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
 from sft.adapters.schedule import Schedule

@@ -9,7 +9,7 @@ from torch import nn
 import sft
 from sft import SpielConfig
 from sft.adapters.delta_layer import DeltaLayer
-from sft.adapters.resident import delta_layers
+from sft.adapters.layer import sparse_layers
 
 KINDS = ["linear", "conv1d", "embedding"]
 
@@ -248,7 +248,7 @@ def test_conv1d_and_embeddings_in_a_model(gpt2, spiel, batch, randomize, mode) -
 
 def test_double_precision_bases_train_double_deltas(llama, spiel) -> None:
     for base, deltas in ((torch.float64, torch.float64), (torch.float16, torch.float32)):
-        layers = delta_layers(spiel(llama().to(base))).values()
+        layers = sparse_layers(spiel(llama().to(base))).values()
         assert {layer.delta_values["default"].dtype for layer in layers} == {deltas}
 
 

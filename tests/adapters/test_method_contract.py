@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import sft
+from sft.adapters.layer import sparse_layers
 from sft.adapters.registry import config_class, method_names
-from sft.adapters.resident import delta_layers
 from sft.adapters.support import support_hash
 
 DENSITY = 0.1
@@ -62,7 +62,7 @@ def test_only_its_parameters_train(base, method, batch) -> None:
 
 def test_trainable_count_is_the_budget(base, method) -> None:
     model = adapt(base, method)
-    targeted = sum(layer.get_base_layer().weight.numel() for layer in delta_layers(model).values())
+    targeted = sum(layer.get_base_layer().weight.numel() for layer in sparse_layers(model).values())
     assert model.get_nb_trainable_parameters()[0] == round(DENSITY * targeted)
 
 
@@ -114,7 +114,7 @@ def test_a_saved_adapter_is_the_one_loaded(trained, base, batch, tmp_path) -> No
 
 
 def supports(model) -> str:
-    layers = delta_layers(model).items()
+    layers = sparse_layers(model).items()
     return support_hash((name, layer.delta_indices["default"]) for name, layer in layers)
 
 

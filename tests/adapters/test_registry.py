@@ -12,7 +12,7 @@ FIRST_IMPORTS = [
     "from sft import SpielConfig",
     "import sft.adapters.registry",
     "from sft.adapters.methods.spiel import SpielConfig",
-    "from sft.adapters.resident import delta_layers",
+    "from sft.adapters.resident import sparse_layers",
     "from sft.adapters import registry; registry.config_class('spiel')",
 ]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sft
-from sft.adapters.resident import delta_layers, enter_resident, leave_resident, sync_resident
+from sft.adapters.layer import sparse_layers
+from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.kernels.compose import compose
 
 KINDS = ["linear", "conv1d", "embedding"]
@@ -23,7 +24,7 @@ def trained(request, llama, spiel, randomize):
     """An adapted model whose deltas are not zero, in fp32 or bf16, with fp32 deltas."""
     model = spiel(llama().to(request.param), target_modules=TARGETS)
     randomize(model)
-    for layer in delta_layers(model).values():
+    for layer in sparse_layers(model).values():
         assert layer.delta_values["default"].dtype == torch.float32
     return model
 
@@ -237,7 +238,7 @@ def test_a_copy_made_while_resident_stands_alone(trained, batch, base_weights, s
         twin = copy.deepcopy(trained)
         assert torch.equal(twin(**batch).logits, logits)
         with torch.no_grad():
-            for layer in delta_layers(twin).values():
+            for layer in sparse_layers(twin).values():
                 layer.delta_values["default"].add_(1.0)
         sync_resident(twin)
         assert not torch.equal(twin(**batch).logits, logits)
@@ -285,7 +286,7 @@ def test_backward_refuses_what_its_forward_did_not_see(trained, batch, mode, eve
     if mode == "resident":
         enter_resident(trained)
     loss = trained(**batch).loss
-    layers = delta_layers(trained).values()
+    layers = sparse_layers(trained).values()
     for layer in layers:
         values = layer.delta_values["default"]
         if event.startswith("step"):
@@ -366,12 +367,12 @@ def test_several_active_adapters_run_aside(trained, batch, base_weights, same, r
 def test_an_adapter_chosen_while_resident_sees_the_pre_trained_weight(spiel) -> None:
     fields = {"target_modules": ["q_proj"], "selection": "magnitude"}
     model = spiel(**(fields | {"selection": "random"}))
-    for layer in delta_layers(model).values():
+    for layer in sparse_layers(model).values():
         layer.delta_values["default"].data.fill_(9.0)
     with sft.resident(model):
         model.add_adapter("other", spiel(**fields).peft_config["default"])
-    expected = delta_layers(spiel(**fields))
-    for name, layer in delta_layers(model).items():
+    expected = sparse_layers(spiel(**fields))
+    for name, layer in sparse_layers(model).items():
         chosen = expected[name].delta_indices["default"]
         assert torch.equal(layer.delta_indices["other"], chosen)
 

@@ -51,11 +51,11 @@ def test_processes_that_would_choose_differently_are_refused(
 
 
 def test_processes_may_share_a_static_support(lab, two_processes):
-    from sft.adapters.resident import delta_layers
+    from sft.adapters.layer import sparse_layers
 
     model = lab.adapted(growth="none")
     begin(lab, model)
-    assert all(layer.content is not None for layer in delta_layers(model).values())
+    assert all(layer.content is not None for layer in sparse_layers(model).values())
 
 
 def test_several_gpus_in_one_process_are_refused(lab, assert_equal, monkeypatch):
@@ -80,7 +80,7 @@ class Scaled:
 def one_window(lab, scale, skip=(), clip=1.0):
     """Run the updates of one window by hand; return the supports that grew and the first seeds."""
     from sft import SparseCallback
-    from sft.adapters.resident import delta_layers
+    from sft.adapters.layer import sparse_layers
     from sft.optim.adamw import SparseAdamW
 
     model = lab.adapted(reselect_every=8, window=4, candidates_from="micro_batch")
@@ -108,7 +108,7 @@ def one_window(lab, scale, skip=(), clip=1.0):
         state.global_step += 1
         callback.on_step_end(args, state, None, optimizer)
     callback.finish(model)
-    layer = next(iter(delta_layers(model).values()))
+    layer = next(iter(sparse_layers(model).values()))
     assert callback.replaced
     return lab.deltas(model), lab.optimizer_state(optimizer.optimizer), layer
 

@@ -17,9 +17,9 @@ class Watch(TrainerCallback):
         self.steps = 0
 
     def on_step_end(self, args, state, control, model, **_):
-        from sft.adapters.resident import delta_layers
+        from sft.adapters.layer import sparse_layers
 
-        layers = delta_layers(model)
+        layers = sparse_layers(model)
         sizes = {n: layer.delta_values["default"].numel() for n, layer in layers.items()}
         self.sizes = self.sizes or sizes
         assert sizes == self.sizes
@@ -81,7 +81,7 @@ def test_an_error_in_the_middle_leaves_the_base_as_it_was(lab, assert_equal, err
 
 def test_nothing_listens_to_backward_after_training(lab):
     """A run that stops inside a window must not leave its accumulators behind."""
-    from sft.adapters.resident import delta_layers
+    from sft.adapters.layer import sparse_layers
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -89,7 +89,7 @@ def test_nothing_listens_to_backward_after_training(lab):
             return control
 
     run = lab.run(trainer={"callbacks": [Stop()]})
-    taps = [layer.site("default").tap for layer in delta_layers(run.model).values()]
+    taps = [layer.site("default").tap for layer in sparse_layers(run.model).values()]
     assert taps
     assert not any(taps)
 

@@ -22,9 +22,9 @@ class InSync(TrainerCallback):
         self.check(model)
 
     def check(self, model):
-        from sft.adapters.resident import delta_layers
+        from sft.adapters.layer import sparse_layers
 
-        for name, layer in delta_layers(model).items():
+        for name, layer in sparse_layers(model).items():
             original = self.pristine[name.removeprefix("base_model.model.") + ".weight"]
             delta = layer.get_delta_weight("default")
             assert torch.equal(layer.get_base_layer().weight, original + delta), name
@@ -183,7 +183,7 @@ def test_a_stock_trainer_cannot_grow_by_momentum(lab, assert_equal):
 def test_a_loop_of_ones_own_stays_in_sync(lab, fused):
     """Fused optimizers move a parameter without raising its version."""
     from sft import resident
-    from sft.adapters.resident import delta_layers
+    from sft.adapters.layer import sparse_layers
 
     model = lab.adapted()
     pristine = lab.weights(model)
@@ -199,7 +199,7 @@ def test_a_loop_of_ones_own_stays_in_sync(lab, fused):
             optimizer.step()
             optimizer.zero_grad()
             model(input_ids=ids)
-            for name, layer in delta_layers(model).items():
+            for name, layer in sparse_layers(model).items():
                 original = pristine[name.removeprefix("base_model.model.") + ".weight"]
                 delta = layer.get_delta_weight("default")
                 assert delta.any()
