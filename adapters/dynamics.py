@@ -34,9 +34,9 @@ class SupportChange:
     dim: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Penalty:
-    """An l1 penalty whose proximal step follows each optimizer step.
+    """An l1 penalty whose proximal step follows each optimizer step; its strength may change.
 
     Args:
         parameters: what it acts on, entry by entry.
@@ -55,10 +55,14 @@ class Penalty:
 class Dynamics(Protocol):
     """Drives the changes of one adapter. Steps count completed optimizer updates.
 
-    `reads_accumulators` tells whether `after_update` needs row and column accumulators.
+    `reads_gradients` tells whether `after_gradients` needs the scale of backward's gradients;
+    `reads_accumulators` whether `after_update` needs row and column accumulators. `one_process` is
+    None, or what to say to someone who runs several: "key: why not; remedy".
     """
 
+    reads_gradients: bool
     reads_accumulators: bool
+    one_process: str | None
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Prepare for update `step + 1`, made of so many backward passes."""

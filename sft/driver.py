@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.adapters.base import SparseTuner
@@ -25,6 +26,7 @@ from sft.identity import (
     warn_of_changes,
 )
 from sft.optim.move import move_state
+from sft.optim.prox import attach
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
         self._scale: GradientScale | None = None
+        self._proximal: RemovableHandle | None = None
 
     def on_train_begin(
         self,
@@ -81,10 +84,13 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 f"n_gpu: got {args.n_gpu} in one process, whose replicas would write one weight; "
                 "set CUDA_VISIBLE_DEVICES to one of them, or start a process each with torchrun"
             )
-        _check_processes(model, changing=bool(self._dynamics), count=args.world_size)
-        reads = any(dynamics.reads_accumulators for dynamics in self._dynamics.values())
-        _check_accumulators(reads, kwargs["optimizer"])
-        if self._dynamics:
+        running, optimizer = list(self._dynamics.values()), kwargs["optimizer"]
+        _check_processes(model, running, count=args.world_size)
+        _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
+        penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
+        if penalties:
+            self._proximal = attach(_unwrap(optimizer), penalties)
+        if any(d.reads_gradients for d in running):
             self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
         if state.global_step > 0:
@@ -186,7 +192,9 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             dynamics.close()
         if self._scale is not None:
             self._scale.close()
-        self._dynamics, self._scale = {}, None
+        if self._proximal is not None:
+            self._proximal.remove()
+        self._dynamics, self._scale, self._proximal = {}, None, None
         leave_resident(model)
 
     def _resume(
@@ -231,13 +239,11 @@ def _calibrate_pending(model: nn.Module, batches: Any) -> None:
         logger.info("adapter %s: support chosen by %d batches", name, count)
 
 
-def _check_processes(model: nn.Module, *, changing: bool, count: int) -> None:
+def _check_processes(model: nn.Module, running: list[Dynamics], *, count: int) -> None:
     """Refuse what would let every process choose by its own gradients."""
-    if count > 1 and changing:
-        raise ValueError(
-            f"growth: got a changing support on {count} processes, whose gradients "
-            "would choose different positions; set growth='none' or run one process"
-        )
+    refused = [d.one_process for d in running if d.one_process is not None]
+    if count > 1 and refused:
+        raise ValueError(refused[0])
     if count > 1 and pending_adapters(model):
         raise ValueError(
             f"selection: got a calibrated one on {count} processes, whose batches would choose "

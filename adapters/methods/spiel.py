@@ -112,7 +112,12 @@ class _Growth:
     config: SpielConfig
     schedule: Schedule
 
+    reads_gradients = False
     reads_accumulators = False
+    one_process: str | None = (
+        "growth: got a changing support on several processes, whose gradients would choose "
+        "different positions; set growth='none' or run one process"
+    )
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Nothing to prepare."""
@@ -142,6 +147,7 @@ class _Growth:
 class GradientGrowth(_Growth):
     """SpIEL-AG: grow where the gradient accumulated over a window is largest."""
 
+    reads_gradients = True
     windows: dict[str, Window] = field(default_factory=dict)
 
     def before_update(self, step: int, micro_batches: int) -> None:

@@ -44,7 +44,7 @@ def test_processes_that_would_choose_differently_are_refused(
     base = lab.base()
     pristine = lab.weights(base)
     model = lab.adapted(base, init_weights=False, **settings)
-    with pytest.raises(ValueError, match=rf"^{key}: got a .* on 2 processes") as caught:
+    with pytest.raises(ValueError, match=rf"^{key}: got a .* on (2|several) processes") as caught:
         begin(lab, model)
     assert "\n" not in str(caught.value)
     assert_equal(lab.weights(model), pristine)
