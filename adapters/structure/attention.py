@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sft.adapters.structure.groups import CoupledGroup, IndexRule, Member
-from sft.adapters.structure.layout import Site, head_size, matrix
+from sft.adapters.structure.layout import Matrix, Site, head_size, matrix
 
 Layout = Literal["segments", "grouped"]
 NORMS = (
@@ -62,19 +62,7 @@ class Separate:
         size = head_size(site, self.q)
         if q is None or k is None or v is None or o is None or not size:
             return []
-        heads = Heads(q.outputs // size, max(1, k.outputs // size), size, size)
-        wide = (q.outputs, k.outputs, v.outputs, o.inputs)
-        many = (heads.queries, heads.key_values, heads.key_values, heads.queries)
-        if wide != tuple(count * size for count in many) or heads.queries % heads.key_values:
-            return []
-        rule = IndexRule(size=size, stride=size)
-        members = (
-            q.producer("q", rule),
-            k.producer("k", rule, heads.rep),
-            v.producer("v", rule, heads.rep),
-            o.consumer("o", rule),
-        )
-        return attention_groups(site, heads, members, self.tied(site))
+        return separate_groups(site, (q, k, v, o), size, self.tied(site))
 
 
 @dataclass(frozen=True)
@@ -153,6 +141,26 @@ class Latent:
             o.consumer("o", IndexRule(size=value, stride=value)),
         )
         return attention_groups(site, heads, members, "")
+
+
+def separate_groups(
+    site: Site, matrices: tuple[Matrix, Matrix, Matrix, Matrix], size: int, tied: str = ""
+) -> list[CoupledGroup]:
+    """Return the groups of q, k, v and o with heads of `size`; none if their shapes don't agree."""
+    q, k, v, o = matrices
+    heads = Heads(q.outputs // size, max(1, k.outputs // size), size, size)
+    wide = (q.outputs, k.outputs, v.outputs, o.inputs)
+    many = (heads.queries, heads.key_values, heads.key_values, heads.queries)
+    if wide != tuple(count * size for count in many) or heads.queries % heads.key_values:
+        return []
+    rule = IndexRule(size=size, stride=size)
+    members = (
+        q.producer("q", rule),
+        k.producer("k", rule, heads.rep),
+        v.producer("v", rule, heads.rep),
+        o.consumer("o", rule),
+    )
+    return attention_groups(site, heads, members, tied)
 
 
 def segment_rules(heads: Heads, ahead: int) -> tuple[IndexRule, IndexRule, IndexRule]:

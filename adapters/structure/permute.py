@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sft.adapters.config import require
 from sft.adapters.structure.find import coupled_groups
-from sft.adapters.structure.groups import CoupledGroup, Member
+from sft.adapters.structure.groups import CoupledGroup
 from sft.adapters.structure.layout import unwrapped
+from sft.adapters.structure.reorder import reorder_
 
 
 def permute_(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
@@ -34,7 +35,7 @@ def permute_(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
         )
         _check(model, groups[name], order)
     for name, order in orders.items():
-        apply_order_(model, groups[name], order)
+        reorder_(model, groups[name], order)
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -43,62 +44,33 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def front_order(group: CoupledGroup, units: Tensor) -> Tensor:
-    """Return a legal order of all units that puts these in front, as they come.
+    """Return a legal order of all units whose first len(units) are these, as a set.
+
+    Blocks chosen whole come first, then the one chosen in part.
 
     Raises:
-        ValueError: the coupling allows none: some, not all, units of more than one block, say.
+        ValueError: the coupling allows none: parts of two blocks are chosen, say.
     """
-    taken = torch.zeros(group.num_units, dtype=torch.bool)
-    units = units.detach().cpu().long()
-    taken[units] = True
-    touched = torch.div(units, group.block_size, rounding_mode="floor")
-    first = torch.zeros(group.num_units // group.block_size, dtype=torch.bool)
-    first[touched] = True
-    rest = (~taken).nonzero()[:, 0]
-    # What remains of a block that was begun comes first.
-    begun = first[torch.div(rest, group.block_size, rounding_mode="floor")]
-    order = torch.cat([units, rest[begun], rest[~begun]])
-    group.check_order(order)
+    chosen = torch.zeros(group.num_units, dtype=torch.bool)
+    chosen[units.detach().cpu().long()] = True
+    in_blocks = chosen.view(-1, group.block_size)
+    by_count = in_blocks.sum(1)
+    if group.blocks_move:
+        block_order = by_count.argsort(descending=True, stable=True)
+    else:
+        block_order = torch.arange(len(by_count))
+    inside = in_blocks.int().argsort(dim=1, descending=True, stable=True)
+    order = (inside + torch.arange(len(by_count))[:, None] * group.block_size)[block_order]
+    order = order.flatten()
+    count = int(chosen.sum())
+    require(
+        f"units of {group.name}",
+        sorted(units.tolist()),
+        bool(chosen[order[:count]].all()),
+        f"whole blocks of {group.block_size} ({group.block_meaning}) and part of one more; "
+        "remedy: choose whole blocks, or use the index layout",
+    )
     return order
-
-
-def apply_order_(model: nn.Module, group: CoupledGroup, order: Tensor) -> None:
-    """Reorder one group's units without any check; see `permute_`."""
-    everything = torch.arange(group.num_units)
-    for member in group.members:
-        module = unwrapped(model.get_submodule(member.module))
-        own, home = member.own_units(order.cpu()), member.own_units(everything)
-        if member.listed:
-            _reorder_list(module, member.parameter, own)
-            continue
-        source, target = member.rule.positions(own), member.rule.positions(home)
-        axes = (member.axis,) if member.expert_axis is None else (member.expert_axis, member.axis)
-        _move(getattr(module, member.parameter), axes, member, source, target)
-        if member.bias is not None:
-            bias = getattr(module, member.bias)
-            _move(bias, tuple(range(bias.dim())), member, source, target)
-
-
-def _move(
-    tensor: Tensor, axes: tuple[int, ...], member: Member, source: Tensor, target: Tensor
-) -> None:
-    """Copy lines `source` of the axes' merged numbering to lines `target`."""
-    with torch.no_grad():
-        lines = tensor.movedim(axes, tuple(range(len(axes))))
-        source, target = source.to(tensor.device), target.to(tensor.device)
-        if len(axes) == 1:
-            lines[target] = lines[source]
-        else:
-            lines[member.split(target)] = lines[member.split(source)]
-
-
-def _reorder_list(modules: nn.Module, parameter: str, own: Tensor) -> None:
-    """Reorder the tensors of a ModuleList with one entry a unit."""
-    tensors = [getattr(entry, parameter) for entry in modules.children()]
-    with torch.no_grad():
-        moved = torch.stack(tensors)[own.to(tensors[0].device)]
-        for tensor, values in zip(tensors, moved, strict=True):
-            tensor.copy_(values)
 
 
 def _check(model: nn.Module, group: CoupledGroup, order: Tensor) -> None:
