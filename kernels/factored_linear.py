@@ -27,6 +27,8 @@ Scale = float | Tensor
 # (torch's sparse products reach 7 to 11 of 65 GFLOP/s a core). Elsewhere: an estimate.
 SPARSE_SLOWDOWN = {"cpu": 8}
 SPARSE_SLOWDOWN_ELSEWHERE = 100
+# The transpositions that sparse products need take as long as so many ranks more.
+TURNING_RANKS = 30
 
 
 def factored_linear(
@@ -81,8 +83,9 @@ def factored_is_faster(
 ) -> bool:
     """Tell whether the factors cost less than composing the dense weight.
 
-    6 T (r (m + n) + s k) against 6 T m n + 8 m n r operations, s the slowness of sparse products.
-    The rule reads shapes alone, never a timing, so that a resumed run takes the same path.
+    6 T ((r + t) (m + n) + s k) against 6 T m n + 8 m n r operations, with s the slowness of sparse
+    products and t the cost of turning their operands. The rule reads shapes alone, never a timing,
+    so that a resumed run takes the same path.
 
     Args:
         shape: (m, n) of the weight.
@@ -93,7 +96,7 @@ def factored_is_faster(
     """
     rows, cols = shape
     slowdown = SPARSE_SLOWDOWN.get(device.type, SPARSE_SLOWDOWN_ELSEWHERE)
-    factored = 6 * tokens * (rank * (rows + cols) + slowdown * entries)
+    factored = 6 * tokens * ((rank + TURNING_RANKS) * (rows + cols) + slowdown * entries)
     return factored <= 6 * tokens * rows * cols + 8 * rows * cols * rank
 
 
