@@ -54,10 +54,11 @@ def base_weights() -> Callable[[Any], dict[str, Any]]:
     """Copy all weights but the adapters' by their names in the bare model, read as they lie."""
 
     def read(model: Any) -> dict[str, Any]:
+        own = f".{getattr(model.base_model, 'prefix', 'delta_')}"
         return {
             name.removeprefix("base_model.model.").replace(".base_layer.", "."): p.detach().clone()
             for name, p in model.named_parameters()
-            if ".delta_" not in name
+            if own not in name
         }
 
     return read
