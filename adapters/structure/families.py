@@ -83,8 +83,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         (
-            Fused("c_attn", "c_proj", "segments"),
+            # Cross-attention first: its [k | v] also reads as q and fewer k and v.
             Fused("c_attn", "c_proj", "segments", q="q_attn"),
+            Fused("c_attn", "c_proj", "segments"),
             FeedForward("c_fc", "c_proj"),
         )
     ),

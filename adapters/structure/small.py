@@ -16,6 +16,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
     **dict.fromkeys(("projection_dim", "projection_size", "pooler_output_size"), HIDDEN),
+    **dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), HIDDEN),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions"), 64),
     **dict.fromkeys(("max_target_positions", "num_mel_bins"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -78,7 +79,9 @@ def small_value(name: str, value: Any, settings: dict[str, Any]) -> Any:
     if name in KEY_VALUE_COUNTS:
         return small_key_values(value, settings)
     if name in HEAD_SIZES and "qk_rope_head_dim" in settings:
-        return HEAD  # of the part of a head that is rotated
+        return small_value("qk_rope_head_dim", settings["qk_rope_head_dim"], {})
+    if name == "intermediate_size" and "pixel_shuffle_ratio" in settings:
+        return int(HIDDEN / settings["pixel_shuffle_ratio"] ** 2)  # of the pixels put together
     if name in HEAD_SIZES:
         heads = first_of(HEAD_COUNTS, settings)
         hidden = first_of(("hidden_size", "d_model", "n_embd"), settings)
