@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sft.adapters.geometry import features, layer_kind, weight_shape
 from sft.adapters.merging import MergeStack
-from sft.adapters.region import Region
+from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Residence, Residency, obstacle
 from sft.adapters.support import fingerprint
 from sft.kernels.compose import compose
@@ -108,6 +108,10 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         residence = self.residence(name)
         assert residence is not None
         return compose(originals, residence.values.detach(), reference=self.reference)
+
+    def merges_exactly(self, name: str) -> bool:
+        """Tell whether merging writes what W holds while training; else it rounds once more."""
+        return not isinstance(self.merge_region(name), Whole)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return exact float32 factors A (r, in), B (out, r) with y = base(x) + x A^T B^T.

@@ -22,150 +22,15 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from step_cases import CASES, PROFILED
 from transformers import AutoModelForCausalLM
 
-import sft
-from sft.adapters.layer import sparse_layers
-from sft.adapters.resident import enter_resident, sync_resident
-from sft.adapters.window import Window
 from sft.embedded import folder_of
-from sft.optim.adamw import SparseAdamW
-
-Batch = dict[str, Tensor]
-
-
-class Case:
-    """One way to train: a model, its optimizer, and a step.
-
-    Args:
-        model: trained in place.
-        optimizer: None for the floor, which updates nothing.
-        before: runs before each step, outside the clock.
-        after: runs after each optimizer step, inside the clock.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.model, self.optimizer, self.before, self.after = model, optimizer, before, after
-
-    def step(self, batch: Batch) -> float:
-        """Run one step; return its process CPU seconds."""
-        self.before()
-        start = time.process_time()
-        self.model(**batch).loss.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self.after()
-        return time.process_time() - start
-
-    def saved_bytes(self, batch: Batch) -> int:
-        """Count the bytes that autograd keeps between forward and backward."""
-        own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if _storage(tensor) not in own:
-                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model(**batch).loss
-        del loss
-        return sum(kept.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def full(base: nn.Module) -> Case:
-    """Full fine-tuning, fused AdamW."""
-    return Case(base, torch.optim.AdamW(base.parameters(), lr=1e-5, fused=True))
-
-
-def lora(base: nn.Module) -> Case:
-    """Stock PEFT LoRA, r=16 on every linear layer but the head, fused AdamW."""
-    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Case(model, torch.optim.AdamW(trained, lr=1e-4, fused=True))
-
-
-def floor(base: nn.Module) -> Case:
-    """Forward and input gradients alone: what no method that trains every layer can undercut."""
-    base.requires_grad_(False)
-    base.enable_input_require_grads()
-    return Case(base, None)
-
-
-def spiel(base: nn.Module) -> Case:
-    """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
-    config = sft.SpielConfig(density=0.005, target_modules="all-linear")
-    model = get_peft_model(base, config)
-    enter_resident(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Case(model, SparseAdamW(trained, lr=1e-4), after=lambda: sync_resident(model))
-
-
-def spiel_aside(base: nn.Module) -> Case:
-    """The same deltas with the base untouched: y = base(x) + x Delta^T."""
-    case = spiel(base)
-    for layer in sparse_layers(case.model).values():
-        layer.leave_resident()
-    return case
-
-
-def spiel_window(base: nn.Module) -> Case:
-    """SpIEL-AG inside a window: the gradient at as many candidates is read too."""
-    case = spiel(base)
-    windows: list[Window] = []
-
-    def before() -> None:
-        if not windows:
-            for layer in sparse_layers(case.model).values():
-                windows.append(_window(layer))
-
-    return Case(case.model, case.optimizer, before, after=_closing(case, windows))
-
-
-def spiel_window_start(base: nn.Module) -> Case:
-    """SpIEL-AG at the first update of a window: every gradient entry is looked at once."""
-    case = spiel(base)
-    windows: list[Window] = []
-
-    def before() -> None:
-        windows[:] = [_window(layer) for layer in sparse_layers(case.model).values()]
-
-    return Case(case.model, case.optimizer, before, after=_closing(case, windows))
-
-
-def _window(layer: Any) -> Window:
-    return Window(layer.site("default"), include_active=False, whole_update=False)
-
-
-def _closing(case: Case, windows: list[Window]) -> Callable[[], None]:
-    def after() -> None:
-        case.after()
-        for window in windows:
-            window.close_update(1.0)
-
-    return after
-
-
-CASES = (full, lora, floor, spiel, spiel_window, spiel_window_start, spiel_aside)
 
 
 def measure(name: str, rounds: int, batch_size: int, length: int) -> dict[str, Any]:
@@ -213,7 +78,7 @@ def profile(name: str, batch_size: int, length: int) -> dict[str, dict[str, floa
     ids = torch.randint(0, base.config.vocab_size, (batch_size, length))
     batch = {"input_ids": ids, "labels": ids}
     found = {}
-    for build in (floor, lora, spiel):
+    for build in PROFILED:
         case = build(copy.deepcopy(base).train())
         case.step(batch)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:

@@ -72,6 +72,25 @@ def trained_logits(model: Any, batches: Batches) -> list[torch.Tensor]:
         return logits_of(model, batches)
 
 
+def merging_bound(model: Any, logits: Sequence[torch.Tensor]) -> float:
+    """Return how far merging may move the logits of a trained model.
+
+    Nothing, for a method that trains with the very weights it merges. One that trains beside W
+    rounds its delta into W once: half the digits of the weights' type are allowed to differ.
+
+    Args:
+        model: A PeftModel before merging.
+        logits: Of the trained model.
+    """
+    from sft.adapters.layer import sparse_layers
+
+    layers = sparse_layers(model).values()
+    if all(layer.merges_exactly(n) for layer in layers for n in layer.trained_values):
+        return 0.0
+    largest = max(float(batch.abs().max()) for batch in logits)
+    return float(torch.finfo(model.dtype).eps ** 0.5 * largest)
+
+
 def verify_merged(
     folder: Path, batches: Batches, expected: Sequence[torch.Tensor], *, bound: float = 0.0
 ) -> float:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from sft.errors import UserError, one_line
-from sft.export import export_merged, logits_of, merge, trained_logits, verify_merged
+from sft.export import (
+    export_merged,
+    logits_of,
+    merge,
+    merging_bound,
+    trained_logits,
+    verify_merged,
+)
 from sft.models import load_model, load_tokenizer
 from sft.schema import ModelSpec
 from sft.whole import refuse_filled
@@ -43,16 +50,17 @@ def export_adapter(
     tokenizer, model = _tokenizer(adapter, spec), _adapted(adapter, spec)
     batches = [_probe(tokenizer)]
     expected = trained_logits(model, batches)
+    bound = merging_bound(model, expected)
     cast = None if dtype == "auto" else getattr(torch, dtype)
     merged = merge(model, cast)
     if cast is not None:  # rounding the weights is what was asked for: compare what was rounded
-        expected = logits_of(merged, batches)
+        expected, bound = logits_of(merged, batches), 0.0
     found: list[float] = []
     export_merged(
         merged,
         tokenizer,
         to,
-        check=lambda path: found.append(verify_merged(path, batches, expected)),
+        check=lambda path: found.append(verify_merged(path, batches, expected, bound=bound)),
     )
     return found[0]
 

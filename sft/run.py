@@ -16,7 +16,7 @@ from sft.data import Examples, load_data
 from sft.encode import Encoded, encode
 from sft.environment import versions
 from sft.errors import UserError
-from sft.export import export_merged, logits_of, verify_merged
+from sft.export import export_merged, logits_of, merging_bound, verify_merged
 from sft.method import build_method
 from sft.metrics import evaluate, held_out_batches
 from sft.models import load_model, load_tokenizer
@@ -237,10 +237,11 @@ def _export(
     if not recipe.export.merged:
         return None
     folder = output / run_folder.MERGED
+    bound = merging_bound(model, expected)
     found: list[float] = []
 
     def check(written: Path) -> None:
-        found.append(verify_merged(written, batches, expected))
+        found.append(verify_merged(written, batches, expected, bound=bound))
 
     with phases.phase("export"):
         export_merged(model, tokenizer, folder, check=check if recipe.export.verify else None)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import sft
 from sft.adapters.layer import sparse_layers
-from sft.adapters.region import Whole
 from sft.adapters.registry import config_class, method_names
 
 FILE = "adapter_model.safetensors"
@@ -132,7 +131,7 @@ def test_merging_is_the_resident_forward_and_undone_bit_for_bit(
 
 def merges_what_is_resident(model) -> bool:
     layers = model.base_model.adapted_layers("default").values()
-    return not any(isinstance(layer.merge_region("default"), Whole) for layer in layers)
+    return all(layer.merges_exactly("default") for layer in layers)
 
 
 def test_merging_adds_the_delta_weight(trained) -> None:
