@@ -57,6 +57,7 @@ class SparseAdamW(ExactOptimizer):
         mean_grad: Tensor | None,
         mean_square: Tensor | None,
         updates: int,
+        dim: int = 0,
     ) -> None:
         """Move state by index and seed grown entries; see `sft.optim.move.move_state`.
 
@@ -70,8 +71,9 @@ class SparseAdamW(ExactOptimizer):
             ("exp_avg", "exp_avg_sq"), (mean_grad, mean_square), group["betas"], strict=True
         ):
             grown = None if mean is None else mean * (1 - beta**updates)
-            state[key].copy_(moved(state[key], source, grown))
-        state["age"].copy_(moved(state["age"], source, torch.full_like(source, updates)))
+            state[key] = moved(state[key], source, grown, dim)
+        ages = torch.full(param.shape, updates, device=param.device)
+        state["age"] = moved(state["age"], source, ages, dim)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         options = {key: group[key] for key in ("betas", "eps", "weight_decay", "reference")}

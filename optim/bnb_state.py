@@ -40,6 +40,8 @@ def requantise_(codes: Tensor, absmax: Tensor, code_map: Tensor, values: Tensor)
         values: fp32, k entries.
     """
     flat = values.reshape(-1)
+    if not flat.numel():
+        return
     changed = _blocks(flat != dequantised(codes, absmax, code_map).reshape(-1)).any(dim=1)
     fresh_absmax = _blocks(flat.abs()).amax(dim=1)
     scale = _per_entry(fresh_absmax, flat.numel())

@@ -71,6 +71,7 @@ class SM3(ExactOptimizer):
         mean_grad: Tensor | None,
         mean_square: Tensor | None,
         updates: int,
+        dim: int = 0,
     ) -> None:
         """Move the momentum by index, grown entries at 0; see `sft.optim.move.move_state`.
 
@@ -78,11 +79,11 @@ class SM3(ExactOptimizer):
         one accumulator of a vector without positions belongs to its entries and moves.
         """
         state = self.state.get(param, {})
-        per_entry = ["momentum"]
-        if self._positions(param) is None:
-            per_entry += [key for key in state if state[key].shape == param.shape]
-        for key in set(per_entry) & state.keys():
-            state[key].copy_(moved(state[key], source))
+        if "momentum" in state:
+            state["momentum"] = moved(state["momentum"], source, dim=dim)
+        own = f"accumulator_{dim}"
+        if own in state and self._positions(param) is None:
+            state[own] = moved(state[own], source)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         options = {key: group[key] for key in ("momentum", "eps", "weight_decay")}
@@ -201,6 +202,8 @@ def _cover_max_(
             accumulator.scatter_reduce_(0, at, covered, "amax")
         return
     covered = covered.view(-1) if len(accumulators) == 1 else covered
+    if not covered.numel():
+        return
     for dim, accumulator in enumerate(accumulators):
         others = [i for i in range(covered.dim()) if i != dim]
         torch.maximum(accumulator, covered.amax(others) if others else covered, out=accumulator)

@@ -25,15 +25,27 @@ def stepped(make: Any, k: int = 6, dtype: torch.dtype = torch.float32, updates: 
     return param, optimizer
 
 
-def test_moved_equals_loop() -> None:
-    old = torch.randn(2, 3, generator=torch.manual_seed(0))
-    grown = torch.arange(6.0)
-    expected = [
-        grown[j].item() if s < 0 else old.view(-1)[s].item() for j, s in enumerate(SOURCE.tolist())
-    ]
-    assert moved(old, SOURCE, grown).view(-1).tolist() == expected
-    assert moved(old, SOURCE).view(-1)[[1, 4]].tolist() == [0, 0]
-    assert moved(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (2, 6, 3)])
+@pytest.mark.parametrize("source", [SOURCE, SOURCE[:4], torch.tensor([5, 0]), SOURCE[:0]])
+def test_moved_equals_loop(shape: tuple[int, ...], source: torch.Tensor) -> None:
+    dim = shape.index(6)
+    old = torch.randn(shape, generator=torch.manual_seed(0))
+    size = [len(source) if axis == dim else n for axis, n in enumerate(shape)]
+    grown = torch.randn(size, generator=torch.manual_seed(1))
+    found, zeros = moved(old, source, grown, dim), moved(old, source, dim=dim)
+    assert list(found.shape) == list(zeros.shape) == size
+    for j, s in enumerate(source.tolist()):
+        expected = grown.select(dim, j) if s < 0 else old.select(dim, s)
+        assert torch.equal(found.select(dim, j), expected)
+        assert torch.equal(zeros.select(dim, j), expected * (s >= 0))
+
+
+def test_moved_of_nothing() -> None:
+    empty = torch.zeros(0, 3)
+    assert moved(empty, SOURCE[:0]).shape == (0, 3)
+    assert moved(empty, torch.tensor([-1, -1])).tolist() == [[0] * 3] * 2
+    with pytest.raises(ValueError, match=r"^source: got torch.int64 outside .* in \[-1, 0\)"):
+        moved(empty, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
