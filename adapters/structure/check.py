@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import re
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from sft.adapters.structure.groups import CoupledGroup, GroupKind
+from sft.adapters.structure.layout import unwrapped
 from sft.adapters.structure.match import bare, find_groups
+from sft.adapters.structure.probe import output, quiet, small_model
 from sft.adapters.structure.reorder import reorder_
-from sft.adapters.structure.small import small_config
 
 TOLERANCE = 1e-4
-# What a model's output may call the tensor that everything flows into.
-OUTPUTS = ("logits", "logits_per_text", "prediction_logits", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check of a small model showed.
+
+    Args:
+        broken: kinds of group whose units can't be permuted safely, each with the reason.
+        ran: names of the groups that the small model's forward went through, layer numbers
+            replaced; None if it could not run.
+    """
+
+    broken: dict[GroupKind, str] = field(default_factory=dict)
+    ran: frozenset[str] | None = None
+
+    def against(self, group: CoupledGroup) -> str:
+        """Return why this group shouldn't be permuted, or ""."""
+        if group.kind in self.broken:
+            return self.broken[group.kind]
+        if self.ran is not None and _anonymous(group.name) not in self.ran:
+            return "a small random model of this class does not run this part on its own"
+        return ""
 
 
 def self_check(model: nn.Module, seed: int = 0) -> str | None:
@@ -27,23 +45,22 @@ def self_check(model: nn.Module, seed: int = 0) -> str | None:
 
     Builds a small fp32 model of the same class, gives every parameter random values, permutes all
     permutable groups at random within what their coupling allows, and compares the output in eval
-    mode: it must stay within 1e-4. The random state of the caller isn't touched.
+    mode: it must stay within 1e-4. What text alone doesn't reach (an image tower whose images
+    enter among the tokens) isn't checked. The random state of the caller isn't touched.
 
     Args:
         model: a transformers model; its weights aren't read, so it may be on the meta device.
         seed: of the small model's weights, its input and the permutations.
     """
-    broken = broken_kinds(model, seed)
-    return next(iter(broken.values())) if broken else None
+    return next(iter(verdict(model, seed).broken.values()), None)
 
 
-def broken_kinds(model: nn.Module, seed: int = 0) -> dict[GroupKind, str]:
-    """Return the kinds of group whose units can't be permuted safely, each with the reason."""
+def verdict(model: nn.Module, seed: int = 0) -> Verdict:
+    """Return what `self_check` finds, kind by kind."""
     base = bare(model)
-    kinds: list[GroupKind] = list(
-        dict.fromkeys(group.kind for group in find_groups(base).groups if group.permutable)
-    )
-    with torch.random.fork_rng(devices=[]), _quiet():
+    groups = [group for group in find_groups(base).groups if group.permutable]
+    kinds: list[GroupKind] = list(dict.fromkeys(group.kind for group in groups))
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
             small = small_model(base)
@@ -51,13 +68,30 @@ def broken_kinds(model: nn.Module, seed: int = 0) -> dict[GroupKind, str]:
         except Exception as error:  # whatever a model's own code raises is the reason
             line = str(error).strip().splitlines()
             reason = f"no small model of this class to check it on: {line[0] if line else error!r}"
-            return dict.fromkeys(kinds, reason)
+            return Verdict(dict.fromkeys(kinds, reason))
         groups = find_groups(small).groups
-        return {
+        broken = {
             kind: f"permuting {kind} of a small random model changes its output by {change:.1e}"
             for kind in kinds
             if not (change := change_by(small, groups, kind, before, seed)) <= TOLERANCE
         }
+        return Verdict(broken, groups_run(small, groups, seed))
+
+
+def groups_run(small: nn.Module, groups: list[CoupledGroup], seed: int) -> frozenset[str]:
+    """Return the names, layer numbers replaced, of the groups whose consumer runs in a forward."""
+    ran: set[str] = set()
+    handles = []
+    for group in groups:
+        module = unwrapped(small.get_submodule(group.consumers[0].module))
+        name = _anonymous(group.name)
+        handles.append(module.register_forward_hook(lambda *_, name=name: ran.add(name)))
+    try:
+        output(small, seed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(ran)
 
 
 def change_by(
@@ -82,72 +116,6 @@ def random_order(group: CoupledGroup, generator: torch.Generator) -> Tensor:
     return order.flatten()
 
 
-def small_model(model: nn.Module) -> nn.Module:
-    """Return a small fp32 model of the same class in eval mode, with random parameters."""
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError("it has no configuration")
-    small: nn.Module = type(model)(small_config(config)).float().eval()
-    randomise_(small)
-    return small
-
-
-def randomise_(model: nn.Module) -> None:
-    """Fill every parameter, biases and norms included, with noise of a sensible size."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.5 if parameter.dim() < 2 else max(parameter.shape[-2:]) ** -0.5
-            parameter.normal_(0.0, scale)
-
-
-def output(model: nn.Module, seed: int = 0) -> Tensor:
-    """Return a model's output for a small random input, as one tensor."""
-    with torch.no_grad():
-        result: Any = model(**random_inputs(model, seed))
-    for name in OUTPUTS:
-        value = result.get(name) if hasattr(result, "get") else getattr(result, name, None)
-        if isinstance(value, Tensor):
-            return value
-    if isinstance(result, Tensor):
-        return result
-    raise ValueError(f"its output has none of {', '.join(OUTPUTS)}")
-
-
-def random_inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Return random tokens, pixels or audio features, as the model's forward asks for."""
-    config: Any = model.config
-    names = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if "input_ids" in names:
-        # Higher than any special token: a model may mask or count those.
-        inputs["input_ids"] = torch.randint(4, text.vocab_size, (2, 7), generator=generator)
-    if "decoder_input_ids" in names:
-        tokens = torch.randint(4, text.vocab_size, (2, 5), generator=generator)
-        inputs["decoder_input_ids"] = tokens
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "pixel_values" or ("pixel_values" in names and not has_image_token(config)):
-        part = getattr(config, "vision_config", config)
-        pixels = (2, part.num_channels, part.image_size, part.image_size)
-        inputs["pixel_values"] = torch.randn(pixels, generator=generator)
-    if main == "input_features":
-        features = (2, config.num_mel_bins, 2 * config.max_source_positions)
-        inputs["input_features"] = torch.randn(features, generator=generator)
-    return inputs
-
-
-def has_image_token(config: Any) -> bool:
-    """Tell whether images enter among the tokens, so that text alone will do."""
-    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from logging what it thinks of so small a configuration."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+def _anonymous(name: str) -> str:
+    """Replace the numbers in a path: layers of one kind share what was shown of one."""
+    return re.sub(r"\d+", "*", name)

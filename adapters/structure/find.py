@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sft.adapters.structure.check import broken_kinds
+from sft.adapters.structure.check import verdict
 from sft.adapters.structure.groups import CoupledGroup
 from sft.adapters.structure.match import bare, find_groups
 
@@ -31,10 +31,10 @@ def coupled_groups(model: nn.Module) -> list[CoupledGroup]:
     found = find_groups(base)
     if found.known:
         return found.groups
-    broken = broken_kinds(base)
+    found_out = verdict(base)
     return [
-        replace(group, permutable=False, reason=broken[group.kind])
-        if group.kind in broken and group.permutable
+        replace(group, permutable=False, reason=reason)
+        if group.permutable and (reason := found_out.against(group))
         else group
         for group in found.groups
     ]

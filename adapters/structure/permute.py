@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sft.adapters.config import require
 from sft.adapters.structure.find import coupled_groups
-from sft.adapters.structure.groups import CoupledGroup
+from sft.adapters.structure.groups import CoupledGroup, Member
 from sft.adapters.structure.layout import unwrapped
 from sft.adapters.structure.reorder import reorder_
 
@@ -92,12 +92,22 @@ def _check(model: nn.Module, group: CoupledGroup, order: Tensor) -> None:
         )
         if member.listed:
             continue
-        tensor = getattr(module, member.parameter)
-        packed = tensor.shape[member.axis] != member.extent or not tensor.is_floating_point()
+        tensor = getattr(module, member.parameter, None)
         require(
             f"{member.module}.{member.parameter}",
-            f"{tensor.dtype} of shape {tuple(tensor.shape)}",
-            not packed and not hasattr(tensor, "placements"),
+            _describe(tensor),
+            tensor is not None and _is_plain(tensor, member),
             f"a whole, unpacked weight with {member.extent} entries on axis {member.axis}; "
             "remedy: use the index layout",
         )
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _is_plain(tensor: Tensor, member: Member) -> bool:
+    """Tell whether a tensor is neither packed, nor scaled by block (8 bits), nor sharded."""
+    whole = tensor.dim() > member.axis and tensor.shape[member.axis] == member.extent
+    wide = tensor.is_floating_point() and tensor.element_size() >= 2
+    return whole and wide and not hasattr(tensor, "placements")

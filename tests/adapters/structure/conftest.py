@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from sft.adapters.structure.check import randomise_
+from sft.adapters.structure.probe import randomise_
 
 Build = Callable[..., nn.Module]
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from sft.adapters.structure.check import output, random_order
+from sft.adapters.structure.check import random_order
 from sft.adapters.structure.find import coupled_groups
 from sft.adapters.structure.groups import CoupledGroup
 from sft.adapters.structure.permute import permute_
+from sft.adapters.structure.probe import output
 from sft.adapters.structure.reorder import reorder_
 
 Build = Callable[..., nn.Module]

@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sft.adapters.structure.check import TOLERANCE, output, random_order, self_check
+from sft.adapters.structure.check import TOLERANCE, random_order, self_check
 from sft.adapters.structure.find import coupled_groups
 from sft.adapters.structure.permute import inverse, permute_
+from sft.adapters.structure.probe import output
 from sft.adapters.structure.reorder import reorder_
 
 Build = Callable[..., nn.Module]

@@ -214,3 +214,27 @@ def test_the_callers_random_state_is_left_alone(build: Build) -> None:
     torch.set_rng_state(state)
     Toy(ToyConfig())
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+class Towers(Toy):
+    """A second stack that the forward leaves out, as a tower that text doesn't reach."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.tower = nn.ModuleList([ToyBlock(config) for _ in range(config.num_layers)])
+        self.post_init()
+
+
+def test_what_the_check_does_not_run_is_not_permuted() -> None:
+    groups = {group.name: group for group in coupled_groups(Towers(ToyConfig()))}
+    assert groups["blocks.2.ff"].permutable
+    assert not groups["tower.0.ff"].permutable
+    assert "does not run this part" in groups["tower.0.ff"].reason
+
+
+def test_a_layer_that_breaks_the_small_model_is_a_reason() -> None:
+    class Failing(Toy):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            raise RuntimeError("needs a camera")
+
+    assert "needs a camera" in (self_check(Failing(ToyConfig())) or "")

@@ -41,11 +41,21 @@ def test_an_adapter_is_refused(build: Build) -> None:
     refuse(base, {MLP: torch.arange(48)}, "permute the base model before adapters")
 
 
-def test_a_packed_weight_is_refused(build: Build) -> None:
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(48 * 32 // 2, 1, dtype=torch.uint8),  # two 4-bit values a byte
+        torch.zeros(48, 32, dtype=torch.int8),
+        torch.zeros(48, 32).to(torch.float8_e4m3fn),  # scaled block by block elsewhere
+        None,
+    ],
+    ids=["4-bit", "8-bit", "float8", "none"],
+)
+def test_a_packed_weight_is_refused(build: Build, weight: torch.Tensor | None) -> None:
     model = build("llama")
     layer = model.get_submodule(f"{MLP}.up_proj")
-    packed = torch.zeros(48 * 32 // 2, 1, dtype=torch.uint8)
-    layer.weight = nn.Parameter(packed, requires_grad=False)  # type: ignore[assignment]
+    held = None if weight is None else nn.Parameter(weight, requires_grad=False)
+    layer.weight = held  # type: ignore[assignment]
     refuse(model, {MLP: torch.arange(48)}, "whole, unpacked weight with 48 entries on axis 0")
 
 
