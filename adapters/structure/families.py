@@ -1,4 +1,8 @@
-"""What each family of Hugging Face models calls its coupled matrices (transformers 5)."""
+"""What each family of Hugging Face models calls its coupled matrices.
+
+Names are those of transformers 5, which we need anyway; version 4 had others for ViT
+(attention.attention.query) and kept each expert of Mixtral in modules of its own (w1, w2, w3).
+"""
 
 from __future__ import annotations
 

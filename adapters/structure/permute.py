@@ -18,7 +18,8 @@ def permute_(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
     """Bring unit order[i] of each named group to place i, in place and without rounding.
 
     Moves rows, columns, biases and side tensors together, so a model in eval mode computes the
-    same function, up to the order of its sums. Permuting by `inverse(order)` restores every bit.
+    same function, up to the order of its sums. Permuting by `inverse(order)` restores every bit;
+    of groups that share matrices (heads and v-o dimensions), undo the last permuted first.
 
     Args:
         model: a bare base model, without adapters.
