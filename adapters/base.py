@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sft.adapters.calibration import Calibration
 from sft.adapters.dynamics import Dynamics, Penalty
-from sft.adapters.geometry import layer_kind
+from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 
@@ -27,6 +27,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     """
 
     tuner_layer_cls: type[SparseLayer] = SparseLayer
+    kinds: tuple[Kind, ...] = (Kind.LINEAR, Kind.CONV1D)  # what the method's layers stand around
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and shape
 
     # -- what a method provides ----------------------------------------------------------------
@@ -120,7 +121,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if not isinstance(target, SparseLayer):
-            check_target(self.model, target, current_key)
+            check_target(self.model, target, current_key, self.kinds)
             layer = self.new_layer(peft_config, target, current_key)
             self._replace_module(parent, target_name, layer, target)
             target = layer
@@ -189,17 +190,18 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         return mapped
 
 
-def check_target(model: nn.Module, target: nn.Module, name: str) -> None:
-    """Raise unless the module has a weight of its own that a layer of ours can be put around.
+def check_target(model: nn.Module, target: nn.Module, name: str, kinds: Sequence[Kind]) -> None:
+    """Raise unless the module is of one of the kinds and has its weight for itself.
 
     Raises:
         ValueError: another kind of module, or one that shares its weight.
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if layer_kind(base) is None:
+    if layer_kind(base) not in kinds:
+        allowed = ", ".join(kind.what for kind in kinds)
         raise ValueError(
-            f"target_modules: {name!r} is a {type(base).__name__}, allowed are nn.Linear, "
-            "transformers' Conv1D and nn.Embedding; leave it out or name it in modules_to_save"
+            f"target_modules: {name!r} is a {type(base).__name__}, allowed are {allowed}; "
+            "leave it out or name it in modules_to_save"
         )
     sharing = [
         f"{owner}.{attribute}"

@@ -24,6 +24,7 @@ class DeltaTuner(SparseTuner):
 
     prefix = "delta_"
     tuner_layer_cls = DeltaLayer
+    kinds = (Kind.LINEAR, Kind.CONV1D, Kind.EMBEDDING)
 
     def new_layer(self, config: SparseConfig, target: nn.Module, name: str) -> SparseLayer:
         """Return a DeltaLayer, over a linear layer of the class whose name says so."""

@@ -15,6 +15,15 @@ class Kind(Enum):
     CONV1D = "conv1d"  # W is (in, out), y = x W + b: GPT-2
     EMBEDDING = "embedding"  # W is (num, dim), y = W[ids]
 
+    @property
+    def what(self) -> str:
+        """Name the modules of this kind."""
+        return {
+            Kind.LINEAR: "nn.Linear",
+            Kind.CONV1D: "transformers' Conv1D",
+            Kind.EMBEDDING: "nn.Embedding",
+        }[self]
+
 
 def layer_kind(base: nn.Module) -> Kind | None:
     """Return the kind of a layer, quantised ones included, or None if it can't be adapted."""

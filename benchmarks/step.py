@@ -21,12 +21,13 @@ import argparse
 import copy
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
+from rounds import interleave, medians, ratios
 from step_cases import CASES, PROFILED
 from transformers import AutoModelForCausalLM
 
@@ -41,24 +42,19 @@ def measure(name: str, rounds: int, batch_size: int, length: int) -> dict[str, A
     batch = {"input_ids": ids, "labels": ids}
     cases = {build.__name__: build(copy.deepcopy(base).train()) for build in CASES}
     saved = {name: case.saved_bytes(batch) for name, case in cases.items()}
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(rounds + 1):
-        for name, case in cases.items():
-            seconds = case.step(batch)
-            if turn:  # the first round warms up
-                times[name].append(seconds)
-    return _summary(times, saved)
+    steps = {name: partial(case.step, batch) for name, case in cases.items()}
+    return _summary(interleave(steps, rounds), saved)
 
 
 def _summary(times: dict[str, list[float]], saved: dict[str, int]) -> dict[str, Any]:
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = medians(times)
     # one cycle of S=20, A=5: one window start, four updates in the window, fifteen outside
     cycle = seconds["spiel_window_start"] + 4 * seconds["spiel_window"] + 15 * seconds["spiel"]
     seconds["spiel_cycle_mean"] = cycle / 20
     return {
         "cpu_seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "to_lora": {name: round(value / seconds["lora"], 3) for name, value in seconds.items()},
-        "to_full": {name: round(value / seconds["full"], 3) for name, value in seconds.items()},
+        "to_lora": ratios(seconds, "lora"),
+        "to_full": ratios(seconds, "full"),
         "ratio_of_pairs_to_lora": {
             name: round(statistics.median(map(_divide, values, times["lora"])), 3)
             for name, values in times.items()

@@ -15,6 +15,7 @@ from sft.adapters.layer import sparse_layers
 from sft.adapters.resident import enter_resident, sync_resident
 from sft.adapters.window import Window
 from sft.optim.adamw import SparseAdamW
+from sft.optim.prox import attach
 
 Batch = dict[str, Tensor]
 
@@ -88,13 +89,44 @@ def floor(base: nn.Module) -> Case:
     return Case(base, None)
 
 
-def spiel(base: nn.Module) -> Case:
-    """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
-    config = sft.SpielConfig(density=0.005, target_modules="all-linear")
+def adapted(base: nn.Module, config: Any) -> Case:
+    """Resident weights, and the optimizer that suits the method."""
     model = get_peft_model(base, config)
     enter_resident(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Case(model, SparseAdamW(trained, lr=1e-4), after=lambda: sync_resident(model))
+    if config.suited_optimizer == "trainer":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    else:
+        optimizer = SparseAdamW(trained, lr=1e-4)
+    return Case(model, optimizer, after=lambda: sync_resident(model))
+
+
+def s2ft(base: nn.Module) -> Case:
+    """S2FT: 1% of the o and down projections, whole input channels."""
+    return adapted(base, sft.S2FTConfig(density=0.01, selection="random"))
+
+
+def sora(base: nn.Module) -> Case:
+    """SoRA r=16 on every linear layer but the head, with its proximal step."""
+    return _with_proximal_step(adapted(base, sft.SoRAConfig(r=16, strength=1e-3)))
+
+
+def sora_half(base: nn.Module) -> Case:
+    """The same after half of the ranks have died and left."""
+    case = adapted(base, sft.SoRAConfig(r=16, strength=1e-3))
+    for layer in sparse_layers(case.model).values():
+        layer.compact("default", torch.arange(8))
+    return _with_proximal_step(case)
+
+
+def _with_proximal_step(case: Case) -> Case:
+    attach(case.optimizer, case.model.base_model.penalties("default"))
+    return case
+
+
+def spiel(base: nn.Module) -> Case:
+    """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
+    return adapted(base, sft.SpielConfig(density=0.005, target_modules="all-linear"))
 
 
 def spiel_aside(base: nn.Module) -> Case:
@@ -142,3 +174,16 @@ def _closing(case: Case, windows: list[Window]) -> Callable[[], None]:
     return after
 
 
+CASES = (
+    full,
+    lora,
+    floor,
+    s2ft,
+    sora,
+    sora_half,
+    spiel,
+    spiel_window,
+    spiel_window_start,
+    spiel_aside,
+)
+PROFILED = (floor, lora, s2ft, sora, spiel)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from sft import SpielConfig
+from sft.adapters.registry import config_class, method_names
 from tests import (
     test_config,
     test_custom_models,
@@ -23,6 +23,18 @@ from tests import (
     test_feature_extraction_models,
     test_seq_classifier,
 )
+
+# What the suites give each method: every entry is one more pass over all of a suite's tests.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "spiel": [{"density": 0.1}, {"density": 0.1, "growth": "none"}],
+    "s2ft": [{"density": 0.1}, {"ratio": 0.3, "roles": ["q", "v", "o", "up", "down"]}],
+    "sora": [{"r": 4}],
+    "sltrain": [{"r": 4, "density": 0.1}],
+}
+# S2FT trains coupled units of attention and feed-forwards, which PEFT's toy models do not have.
+ANY_LAYER = [name for name in method_names() if name != "s2ft"]
+# Embeddings are targets of single weights alone.
+EMBEDDINGS = ["spiel"]
 
 MODELS = Path(os.environ["CONFORMANCE_MODELS"])
 TINY = {
@@ -75,40 +87,79 @@ def only(base: type, used: list[Any]) -> type:
 
 
 def configs(task: str, targets: list[str] | None = None) -> list[tuple[type, dict[str, Any]]]:
-    """Return what every model is tested with: growth as shipped, and a static support."""
-    shared = {"task_type": task, "target_modules": targets, "density": 0.1}
-    return [(SpielConfig, shared), (SpielConfig, shared | {"growth": "none"})]
+    """Return what every model is tested with: each method in each of its settings."""
+    return [
+        (config_class(name), {"task_type": task} | settings | _targets(name, targets))
+        for name in method_names()
+        for settings in SETTINGS[name]
+    ]
+
+
+def _targets(name: str, targets: list[str] | None) -> dict[str, Any]:
+    """Targets by module name, for the methods that are pointed at modules."""
+    return {} if name == "s2ft" else {"target_modules": targets}
+
+
+def custom(name: str) -> list[tuple[str, str, type, dict[str, Any]]]:
+    """Return one method's cases over PEFT's toy models."""
+    owner, settings = config_class(name), SETTINGS[name][0]
+    cases: list[tuple[str, str, Any, dict[str, Any]]] = [
+        ("MLP 1", "MLP", "lin0", {}),
+        ("MLP 2", "MLP", ["lin0"], {}),
+        ("MLP 3", "MLP", ["lin1"], {}),
+        ("MLP 4", "MLP", ["lin0", "lin1"], SETTINGS[name][-1]),
+        ("MLP 5", "MLP", ["lin0"], {"modules_to_save": ["lin1"]}),
+        ("Embedding + Conv1D 1", "EmbConv1D", ["conv1d"], {}),
+    ]
+    if name in EMBEDDINGS:
+        cases.append(("Embedding + Conv1D 2", "EmbConv1D", ["emb"], {}))
+        cases.append(("Embedding + Conv1D 3", "EmbConv1D", ["emb", "conv1d"], {}))
+    return [
+        (
+            f"{name} {title}",
+            model,
+            owner,
+            {**settings, **_dense(settings), **more, "target_modules": t},
+        )
+        for title, model, t, more in cases
+    ]
+
+
+def _dense(settings: dict[str, Any]) -> dict[str, Any]:
+    """Toy matrices are small: half of their weights, where a share is asked for."""
+    return {"density": 0.5} if "density" in settings else {}
 
 
 TestPeftCustomModel = pointed(
     test_custom_models,
     "TestPeftCustomModel",
     {
-        "TEST_CASES": [
-            (name, model, SpielConfig, {"density": 0.5, "target_modules": targets, **more})
-            for name, model, targets, more in [
-                ("MLP 1", "MLP", "lin0", {}),
-                ("MLP 2", "MLP", ["lin0"], {}),
-                ("MLP 3", "MLP", ["lin1"], {"selection": "magnitude"}),
-                ("MLP 4", "MLP", ["lin0", "lin1"], {"growth": "none"}),
-                ("MLP 5", "MLP", ["lin0"], {"modules_to_save": ["lin1"]}),
-                ("Embedding + Conv1D 1", "EmbConv1D", ["conv1d"], {}),
-                ("Embedding + Conv1D 2", "EmbConv1D", ["emb"], {}),
-                ("Embedding + Conv1D 3", "EmbConv1D", ["emb", "conv1d"], {}),
-            ]
-        ],
-        "ALL_PEFT_CONFIG_CLASSES": [SpielConfig],
+        "TEST_CASES": [case for name in ANY_LAYER for case in custom(name)],
+        "ALL_PEFT_CONFIG_CLASSES": [config_class(name) for name in ANY_LAYER],
     },
 )
 
-_RANDOM = {"density": 0.5, "init_weights": False}
 TestMultipleActiveAdapters = pointed(
     test_custom_models,
     "TestMultipleActiveAdapters",
     {
         "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
-            (name, "spiel", SpielConfig, *({"target_modules": [t], **_RANDOM} for t in targets))
-            for name, targets in {"Same": ("lin0", "lin0"), "Different": ("lin0", "lin1")}.items()
+            (
+                f"{title} {name}",
+                name,
+                config_class(name),
+                *(
+                    {
+                        **SETTINGS[name][0],
+                        **_dense(SETTINGS[name][0]),
+                        "target_modules": [t],
+                        "init_weights": False,
+                    }
+                    for t in targets
+                ),
+            )
+            for name in ANY_LAYER
+            for title, targets in {"Same": ("lin0", "lin0"), "Different": ("lin0", "lin1")}.items()
         ]
     },
 )
@@ -166,7 +217,7 @@ TestSequenceClassificationModels = pointed(
 
 def _config_suite() -> type:
     # this one's list is a tuple, so the marks are rewritten instead
-    old, new = test_config.ALL_CONFIG_CLASSES, [(SpielConfig, {})]
+    old, new = test_config.ALL_CONFIG_CLASSES, [(config_class(n), {}) for n in method_names()]
     owner = test_config.TestPeftConfig
     for name in dir(owner):
         for mark in getattr(getattr(owner, name), "pytestmark", []):
