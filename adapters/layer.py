@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sft.adapters.geometry import features, layer_kind, weight_shape
-from sft.adapters.merging import MergeStack
+from sft.adapters.merging import MergeStack, check_mergeable
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Residence, Residency, obstacle
 from sft.adapters.support import fingerprint
@@ -331,7 +331,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         self._residency.restore()
         weight = self._stored_weight()
-        _check_mergeable(weight)
+        check_mergeable(weight)
         for name in names:
             region = self.merge_region(name)
             originals = region.read(weight)
@@ -383,19 +383,6 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """Return all layers of the model that carry adapters of ours, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-
-
-def _check_mergeable(weight: Tensor) -> None:
-    if not weight.is_contiguous():
-        raise ValueError(
-            f"merge: the base weight of shape {tuple(weight.shape)} is not contiguous; "
-            "make it so with weight.data = weight.data.contiguous()"
-        )
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"merge: the base weight is {weight.dtype} (quantised), merging would round "
-            "deltas away; load the base in 16 or 32 bit, then merge"
-        )
 
 
 def _restore_first(layer: SparseLayer, *_: Any) -> None:

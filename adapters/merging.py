@@ -29,3 +29,17 @@ class MergeStack:
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast along with the layer."""
         self._stack = [(region.mapped(fn), fn(originals)) for region, originals in self._stack]
+
+
+def check_mergeable(weight: Tensor) -> None:
+    """Raise ValueError unless adapters can be written into this weight."""
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"merge: the base weight of shape {tuple(weight.shape)} is not contiguous; "
+            "make it so with weight.data = weight.data.contiguous()"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"merge: the base weight is {weight.dtype} (quantised), merging would round "
+            "deltas away; load the base in 16 or 32 bit, then merge"
+        )
