@@ -57,7 +57,7 @@ class ScoreCalibration:
                 "such modules); leave it out with exclude_modules or choose selection='random'"
             )
         for name, layer in self._layers.items():
-            values = layer.delta_values[self._adapter]
+            values = layer.trained_values[self._adapter]
             found = candidates_of(layer, name, self._config, self._scores[name].total)
             indices = self._strategy.select(found, values.numel())
             layer.replace_support(self._adapter, indices, torch.full_like(indices, -1))
