@@ -57,7 +57,7 @@ class PerLayerOptimizer(Optimizer):
         self.optimizer = optimizer
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._max_norm = max_norm or 0.0
-        self._is_last = is_last or (lambda: not self._accumulating)
+        self._is_last = is_last or (lambda: True)
         self._accumulating = False
         self._stepped: set[Tensor] = set()
         self._link()
@@ -98,7 +98,7 @@ class PerLayerOptimizer(Optimizer):
 
     def _arrived(self, parameter: Tensor) -> None:
         """Take a gradient that one backward has completed."""
-        if not self._is_last():
+        if self._accumulating or not self._is_last():
             return
         if parameter in self._stepped:
             raise RuntimeError(

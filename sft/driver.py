@@ -27,6 +27,7 @@ from sft.identity import (
 )
 from sft.optim.move import move_state
 from sft.optim.prox import attach
+from sft.updates import check_per_layer, without_updates
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         running, optimizer = list(self._dynamics.values()), kwargs["optimizer"]
         _check_processes(model, running, count=args.world_size)
         _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
+        check_per_layer(tuner, optimizer)
         penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
         if penalties:
             self._proximal = attach(_unwrap(optimizer), penalties)
@@ -96,7 +98,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             self._resume(args, state, model, tuner)
         else:
-            _calibrate_pending(model, kwargs["train_dataloader"])
+            with without_updates(optimizer):
+                _calibrate_pending(model, kwargs["train_dataloader"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

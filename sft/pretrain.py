@@ -41,8 +41,8 @@ def pretrain_model(
         ValueError: the architecture does not say how one of its parameters starts.
     """
     chosen = config.seed if seed is None else seed
-    task = config.task_type or TaskType.CAUSAL_LM
-    config = replace(config, form="pretrain", seed=chosen, task_type=task)
+    config = replace(config, form="pretrain", seed=chosen)
+    config.task_type = config.task_type or TaskType.CAUSAL_LM
     with init_empty_weights(include_buffers=False):
         base = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     with torch.device(device):

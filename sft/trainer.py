@@ -19,6 +19,7 @@ from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
 from sft.parameter_groups import split_groups
+from sft.updates import per_layer, wants_per_layer
 
 if TYPE_CHECKING:
     # TRL's trainers derive from this one too
@@ -36,6 +37,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     """
 
     sparse_callback: SparseCallback
+    optimizer: Any
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -85,6 +87,8 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         if tuner is not None and made_here:
             for name in tuner.active_adapters:
                 split_groups(optimizer, tuner.parameter_groups(name, self.args.learning_rate))
+            if wants_per_layer(tuner):
+                optimizer = self.optimizer = per_layer(self, optimizer)
         return optimizer
 
     def compute_loss(
