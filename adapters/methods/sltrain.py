@@ -25,7 +25,6 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import allocate
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import SparseConfig, is_whole, require
-from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer, sparse_layers
 from sft.adapters.score_calibration import ScoreCalibration
 from sft.adapters.select import candidates_of, seeded, strategy
@@ -111,11 +110,6 @@ class SLTrainModel(SparseTuner):
     def new_layer(self, config: SLTrainConfig, target: nn.Module, name: str) -> SparseLayer:
         """Return the layer of the configured form."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if layer_kind(base) is Kind.EMBEDDING:
-            raise ValueError(
-                f"target_modules: {name!r} is an embedding, allowed are nn.Linear and Conv1D; "
-                "leave it out or name it in modules_to_save"
-            )
         if config.form == "finetune":
             return SLTrainLinear(target)
         if base is not target:
