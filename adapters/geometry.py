@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,7 @@ class Kind(Enum):
     LINEAR = "linear"  # W is (out, in), y = x W^T + b
     CONV1D = "conv1d"  # W is (in, out), y = x W + b: GPT-2
     EMBEDDING = "embedding"  # W is (num, dim), y = W[ids]
+    EXPERTS = "experts"  # W is down_proj, (experts, out, in) or (experts, in, out)
 
     @property
     def what(self) -> str:
@@ -22,6 +24,7 @@ class Kind(Enum):
             Kind.LINEAR: "nn.Linear",
             Kind.CONV1D: "transformers' Conv1D",
             Kind.EMBEDDING: "nn.Embedding",
+            Kind.EXPERTS: "transformers' experts",
         }[self]
 
 
@@ -31,15 +34,28 @@ def layer_kind(base: nn.Module) -> Kind | None:
         return Kind.CONV1D
     if isinstance(base, nn.Embedding):
         return Kind.EMBEDDING
-    return Kind.LINEAR if isinstance(base, nn.Linear) else None
+    if isinstance(base, nn.Linear):
+        return Kind.LINEAR
+    return Kind.EXPERTS if _are_experts(base) else None
+
+
+def _are_experts(base: nn.Module) -> bool:
+    """Tell whether this is a module of 3-D parameters behind transformers' experts interface."""
+    down = getattr(base, "down_proj", None)
+    return type(down) is nn.Parameter and down.dim() == 3 and hasattr(base, "is_transposed")
 
 
 def features(base: nn.Module) -> tuple[int, int]:
-    """Return (in_features, out_features) as PEFT counts them."""
+    """Return (in_features, out_features) as PEFT counts them; inputs of all experts together."""
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
     if isinstance(base, Conv1D):
         return base.nx, base.nf
+    if _are_experts(base):
+        down: Any = base.down_proj
+        experts, first, second = down.shape
+        inputs, outputs = (first, second) if base.is_transposed else (second, first)
+        return experts * inputs, outputs
     assert isinstance(base, nn.Linear)
     return base.in_features, base.out_features
 
@@ -47,4 +63,5 @@ def features(base: nn.Module) -> tuple[int, int]:
 def weight_shape(base: nn.Module) -> tuple[int, int]:
     """Return the (rows, cols) of the stored weight; of the logical one where it is packed."""
     inputs, outputs = features(base)
-    return (outputs, inputs) if layer_kind(base) is Kind.LINEAR else (inputs, outputs)
+    stored_out_in = layer_kind(base) in (Kind.LINEAR, Kind.EXPERTS)
+    return (outputs, inputs) if stored_out_in else (inputs, outputs)

@@ -160,7 +160,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             inference_mode: leave the adapter frozen.
         """
         self._residency.restore()
-        device = self.get_base_layer().weight.device
+        device = self._stored_weight().device
         for part, tensor in fixed.items():
             getattr(self, part)[name] = tensor if tensor.is_meta else tensor.to(device)
         for part, tensor in trained.items():
@@ -175,12 +175,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def trained_dtype(self) -> torch.dtype:
         """Return what new adapters are trained in: float32, or float64 over a float64 base."""
-        dtype = self.get_base_layer().weight.dtype
+        dtype = self._stored_weight().dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     def cast_to_base(self, name: str) -> None:
         """Give an adapter the dtype of the base weight, if that is a float."""
-        dtype = self.get_base_layer().weight.dtype
+        dtype = self._stored_weight().dtype
         if not dtype.is_floating_point:
             return
         for part in set(self.adapter_layer_names) - set(self.keep_dtype):
@@ -252,7 +252,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         present = self._present()
         if present and all(self.residence(name) is None for name in present):
             return None  # the method never writes W
-        reason = obstacle(self.get_base_layer())
+        reason = self._obstacle()
         if reason is None and self.base_layer is not self.get_base_layer():
             reason = "another adapter layer lies between"
         self._residency.enabled = reason is None
@@ -292,6 +292,9 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _present(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.trained_values]
+
+    def _obstacle(self) -> str | None:
+        return obstacle(self.get_base_layer())
 
     def _stored_weight(self) -> Tensor:
         weight: Tensor = self.get_base_layer().weight

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sft.kernels.expert_lines import read_expert_lines, write_expert_lines_
 from sft.kernels.gather import gather
 from sft.kernels.lines import read_lines, write_lines_
 from sft.kernels.write import write_
@@ -72,6 +73,33 @@ class Lines:
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> Lines:
         """Apply `fn` to the indices."""
         return Lines(self.axis, fn(self.indices))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLines:
+    """Rows or columns of single experts in a 3-D parameter.
+
+    Args:
+        axis: 1 if the lines are rows of an expert's matrix, 2 if they are columns.
+        experts: (s,) int64, the expert of each line.
+        indices: (s,) int64, which line of it; values are (s, length of a line).
+    """
+
+    axis: int
+    experts: Tensor
+    indices: Tensor
+
+    def read(self, weight: Tensor) -> Tensor:
+        """Return (s, length of a line)."""
+        return read_expert_lines(weight, self.experts, self.indices, self.axis)
+
+    def write(self, weight: Tensor, values: Tensor) -> None:
+        """Assign (s, length of a line)."""
+        write_expert_lines_(weight, self.experts, self.indices, self.axis, values)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> ExpertLines:
+        """Apply `fn` to experts and indices."""
+        return ExpertLines(self.axis, fn(self.experts), fn(self.indices))
 
 
 @dataclass(frozen=True, eq=False)
