@@ -17,6 +17,8 @@ _HOMES = {
     "SparseTrainingMixin": "sft.trainer",
     "SparseCallback": "sft.driver",
     "SpielConfig": "sft.adapters.methods.spiel",
+    "S2FTConfig": "sft.adapters.methods.s2ft",
+    "SoRAConfig": "sft.adapters.methods.sora",
     "SLTrainConfig": "sft.adapters.methods.sltrain",
     "pretrain_model": "sft.pretrain",
     "resident": "sft.adapters.resident",
