@@ -1,0 +1,393 @@
+"""S2FT: structured sparse fine-tuning (Yang et al., arXiv 2412.06289).
+
+W[:, idx] = W0[:, idx] + P^T: of the matrices that read the coupled units of a model (attention
+heads, feed-forward channels), the columns of some units are trained, and nothing else. Forward is
+one GEMM on the effective weight; backward saves the T*s inputs that P needs instead of all T*n, as
+the paper describes and no code of the authors does. Units stay where they are (layout "index"), so
+any of them can be chosen under grouped-query attention, and adapters can be compared, summed and
+served side by side; layout "permuted" moves them next to one another while training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from sft.adapters.base import SparseTuner
+from sft.adapters.budget import Budget
+from sft.adapters.calibration import Calibration
+from sft.adapters.config import OPTIMIZERS, is_whole, require
+from sft.adapters.geometry import Kind, layer_kind
+from sft.adapters.layer import SparseLayer
+from sft.adapters.permuted import PermutedUnits
+from sft.adapters.registry import register_all
+from sft.adapters.select import ORDERS
+from sft.adapters.slice_fusion import fuse
+from sft.adapters.slice_layer import SliceLinear
+from sft.adapters.slice_targets import excluded_features, target_groups
+from sft.adapters.structure.layout import unwrapped
+from sft.adapters.unit_budget import ALLOCATIONS, Quota, by_ratio, by_weights
+from sft.adapters.unit_calibration import UnitCalibration
+from sft.adapters.unit_selection import (
+    CALIBRATED,
+    SELECTIONS,
+    Choice,
+    choose_features,
+    weight_scores,
+)
+from sft.adapters.units import ATTENTION_UNITS, CONSUMERS, LOOSE, ROLES, UnitGroup
+
+DEFAULT_DENSITY = 0.02
+LAYOUTS = ("index", "permuted")
+FUSED = "fused"  # the selection of an adapter that was summed from others
+
+
+@dataclass
+class S2FTConfig(PeftConfig):  # type: ignore[misc]
+    """Configuration of S2FT: roles, budget, units and their selection.
+
+    Args:
+        roles: the matrices to train: consumers "o" and "down" by default; producers "q", "k", "v",
+            "gate", "up" on request. "any" takes modules of no known structure that
+            `target_modules` names, and trains input features of them.
+        target_modules: narrows the roles to these modules: a list of name suffixes or a regular
+            expression. By default all of them.
+        exclude_modules: names or a regular expression to leave out.
+        modules_to_save: modules trained and saved densely, such as a new classification head.
+        density: share of the weights of the matrices in `roles` to train, in (0, 1]. The default
+            budget is 0.02. Each role gets the same number of weights, rounded down to whole units.
+        num_weights: number of weights to train, instead of `density`.
+        match_lora_rank: as many weights as LoRA of this rank would train on the same matrices.
+        ratio: share of the *units* of each matrix, as S2FT's authors count; a number, or one for
+            each role, such as {"o": 0.052, "down": 0.02}, which then are the roles.
+        allocation: "uniform" over the layers, or "pooled": units of all layers compete, so layers
+            get different numbers of them, as in the authors' code.
+        attention_unit: "heads"; "channels", single input features of o; "vo_channels", dimensions
+            that v and o share; or "auto": channels where o is trained alone, else heads.
+        selection: "random", "weight" (norm of the consumer's column), "activation" (mean |h|),
+            "product" (norm times root mean h^2), "gradient"; the last three read batches first.
+        selection_order: prefer the "smallest" (the paper's best) or the "largest" scores.
+        calibration_batches: how many batches these read; by default 1 % of the training batches.
+        layout: "index" leaves the weights as they are; "permuted" moves trained units next to one
+            another while training, as the authors do. Files and exports are the same.
+        exclude: folders of saved S2FT adapters whose units are left to them.
+        optimizer: "trainer" (what TrainingArguments.optim names), "adamw" (per-entry age), "sm3",
+            or "auto": the Trainer's.
+        seed: seeds random selections, together with the group's name.
+        init_weights: start the deltas at 0 (False: random, for tests).
+    """
+
+    roles: list[str] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    density: float | None = None
+    num_weights: int | None = None
+    match_lora_rank: int | None = None
+    ratio: float | dict[str, float] | None = None
+    allocation: str = "uniform"
+    attention_unit: str = "auto"
+    selection: str = "random"
+    selection_order: str = "smallest"
+    calibration_batches: int | None = None
+    layout: str = "index"
+    exclude: list[str] | None = None
+    optimizer: str = "auto"
+    seed: int = 0
+    init_weights: bool = field(default=True, repr=False)
+
+    reference = False  # of sparse AdamW's order of operations
+    from_file = False
+
+    def __post_init__(self) -> None:
+        register_all()
+        super().__post_init__()
+        self.peft_type = PeftType("S2FT")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for key, allowed in _CHOICES.items():
+            value = getattr(self, key)
+            require(key, value, value in allowed, ", ".join(allowed))
+        batches = self.calibration_batches
+        enough = batches is None or (is_whole(batches) and batches >= 1)
+        require("calibration_batches", batches, enough, "a whole number of at least 1")
+        self._check_roles()
+        self._check_budget()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> S2FTConfig:
+        """Read a configuration; its adapter file holds the selection, which is not made again."""
+        config: S2FTConfig = super().from_pretrained(*args, **kwargs)
+        config.from_file = True
+        return config
+
+    def _check_roles(self) -> None:
+        if self.roles is None:
+            self.roles = list(self.ratio if isinstance(self.ratio, dict) else CONSUMERS)
+        ok = bool(self.roles) and set(self.roles) <= set(ROLES)
+        require("roles", self.roles, ok, f"a list of {', '.join(ROLES)}")
+        if isinstance(self.ratio, dict):
+            same = set(self.ratio) == set(self.roles)
+            require("ratio", self.ratio, same, f"one share for each of the roles {self.roles}")
+        heads = {"q", "k"} if self.unit == "vo_channels" else {"q", "k", "v"}
+        alone = self.unit == "heads" or not heads & set(self.roles)
+        allowed = f"'heads' with roles {self.roles}; only o (and v by vo_channels) has channels"
+        require("attention_unit", self.attention_unit, alone, allowed)
+        movable = self.unit == "heads" and LOOSE not in self.roles
+        fits = self.layout == "index" or movable
+        require("layout", self.layout, fits, "'index', or whole heads and known structures with it")
+        named = LOOSE not in self.roles or self.target_modules is not None
+        require("target_modules", None, named, "names of modules, as roles has 'any'")
+
+    def _check_budget(self) -> None:
+        given = [k for k in (*_WEIGHT_BUDGETS, "ratio") if getattr(self, k) is not None]
+        if not given:
+            self.density = DEFAULT_DENSITY
+        one = len(given) <= 1
+        require(", ".join(given), "all of them", one, "exactly one of them; remove the others")
+        if self.ratio is None:
+            self.budget()
+            return
+        for share in self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]:
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            require("ratio", share, number and 0 < share <= 1, "0 < ratio <= 1")
+
+    def budget(self) -> Budget:
+        """Return the number of weights asked for, unless `ratio` counts units."""
+        return Budget(
+            density=self.density,
+            num_weights=self.num_weights,
+            match_lora_rank=self.match_lora_rank,
+        )
+
+    def quotas(self, groups: Iterable[UnitGroup]) -> list[Quota]:
+        """Return how many units of which matrices are trained."""
+        slots = [slot for group in groups for slot in group.slots]
+        if self.ratio is not None:
+            return by_ratio(slots, self.ratio, self.allocation)
+        return by_weights(slots, self.budget(), self.allocation)
+
+    @property
+    def unit(self) -> str:
+        """What `attention_unit` comes to."""
+        if self.attention_unit != "auto":
+            return self.attention_unit
+        assert self.roles is not None
+        alone = not {"q", "k", "v"} & set(self.roles) and self.layout == "index"
+        return "channels" if alone else "heads"
+
+    @property
+    def suited_optimizer(self) -> str:
+        """Slices are ordinary contiguous parameters: any optimizer will do."""
+        return "trainer"
+
+
+_WEIGHT_BUDGETS = ("density", "num_weights", "match_lora_rank")
+_CHOICES = {
+    "allocation": ALLOCATIONS,
+    "attention_unit": ("auto", *ATTENTION_UNITS),
+    "selection": (*SELECTIONS, FUSED),
+    "selection_order": ORDERS,
+    "layout": LAYOUTS,
+    "optimizer": OPTIMIZERS,
+}
+
+
+class S2FTModel(SparseTuner):
+    """PEFT tuner of S2FT."""
+
+    prefix = "s2ft_"
+    tuner_layer_cls = SliceLinear
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Find the units of the model, wrap the matrices of the roles, choose units of each.
+
+        Raises:
+            ValueError: the model has no such units, or the budget, the selection or the layout do
+                not fit it.
+        """
+        if "permuted" not in vars(self):
+            self.permuted = PermutedUnits(model)
+            self._groups: dict[str, list[UnitGroup]] = {}
+        self.permuted.restore()
+        config = self.peft_config[adapter_name]
+        groups = target_groups(model, config)
+        # whatever is refused is refused before a module is wrapped
+        on_meta = kwargs.get("low_cpu_mem_usage", False)
+        self._first = self._first_choice(groups, config, on_meta=on_meta)
+        self._sides = {slot.module: slot.side for group in groups for slot in group.slots}
+        self._groups[adapter_name] = groups
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        # PEFT matches suffixes, which a name in another part of the model may end with
+        if current_key in self._sides:
+            super()._create_and_replace(
+                peft_config, adapter_name, target, target_name, parent, current_key
+            )
+
+    def new_layer(self, config: S2FTConfig, target: nn.Module, name: str) -> SparseLayer:
+        """Return a layer around a matrix whose input or output features are trained."""
+        return SliceLinear(target, side=self._sides[name], name=name, permuted=self.permuted)
+
+    def attach(
+        self, adapter: str, config: Any, targets: dict[str, SparseLayer], *, on_meta: bool
+    ) -> None:
+        """Give each layer the adapter with the features that were chosen for it."""
+        chosen, pending = self._first
+        for name, layer in targets.items():
+            assert isinstance(layer, SliceLinear)
+            features = chosen[name].to("meta") if on_meta else chosen[name]
+            if pending:
+                layer.pending.add(adapter)
+            layer.add_adapter(adapter, features, inference_mode=config.inference_mode)
+            if not config.init_weights and not on_meta:
+                values = layer.s2ft_values[adapter]
+                values.data = torch.randn_like(values)
+        moved = config.layout == "permuted"
+        self.permuted.add(adapter, self._groups[adapter] if moved else [])
+
+    def _first_choice(
+        self, groups: list[UnitGroup], config: S2FTConfig, *, on_meta: bool
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Return the features of each module, and whether they are a placeholder.
+
+        They are where batches decide, and where a file that follows does.
+        """
+        plain = config.selection == "random" and not config.exclude
+        if (config.from_file or on_meta) and not plain:
+            slots = [slot for group in groups for slot in group.slots]
+            return choose_features(groups, by_ratio(slots, _LEAST, "uniform"), Choice(0)), True
+        require("selection", config.selection, config.selection != FUSED, ", ".join(SELECTIONS))
+        choice = Choice(
+            config.seed,
+            largest=config.selection_order == "largest",
+            scores=weight_scores(groups, self._read) if config.selection == "weight" else None,
+            excluded=excluded_features(config.exclude or []),
+        )
+        chosen = choose_features(groups, config.quotas(groups), choice)
+        pending = config.selection in CALIBRATED
+        if config.layout == "permuted" and not pending:
+            self.permuted.check(groups, chosen)
+        return chosen, pending
+
+    def _read(self, module: str) -> Tensor:
+        """Return the (out, in) pre-trained weight of a module."""
+        layer = self.model.get_submodule(module)
+        base = unwrapped(layer)
+        if isinstance(layer, SparseLayer):
+            weight = layer.pretrained_weight()
+        else:
+            weight = dequantize_module_weight(base)
+        return weight.detach().t() if layer_kind(base) is Kind.CONV1D else weight.detach()
+
+    def calibration(self, adapter_name: str) -> Calibration | None:
+        """Return the scores that the selection asks for."""
+        config: S2FTConfig = self.peft_config[adapter_name]
+        if config.selection not in CALIBRATED:
+            return None
+        return UnitCalibration(
+            self.model,
+            self._groups[adapter_name],
+            config.selection,
+            config.calibration_batches,
+            self._read,
+            partial(self._settle, adapter_name),
+        )
+
+    def _settle(self, adapter: str, scores: dict[str, Tensor]) -> None:
+        """Choose the adapter's units by scores, in place of the placeholder."""
+        config, groups = self.peft_config[adapter], self._groups[adapter]
+        choice = Choice(
+            config.seed,
+            largest=config.selection_order == "largest",
+            scores=scores,
+            excluded=excluded_features(config.exclude or []),
+        )
+        chosen = choose_features(groups, config.quotas(groups), choice)
+        if config.layout == "permuted":
+            self.permuted.check(groups, chosen)
+        for name, layer in self.adapted_layers(adapter).items():
+            layer.pending.discard(adapter)
+            layer.replace_slice(adapter, chosen[name])
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Add the weighted sum of adapters as a new adapter, exact where their units differ.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: a factor for each.
+            adapter_name: the new one; activate it with `set_adapter`.
+
+        Raises:
+            ValueError: a name is unknown or taken, or the numbers of both lists differ.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        require("adapters", adapters, bool(adapters) and not unknown, ", ".join(self.peft_config))
+        require("weights", weights, len(weights) == len(adapters), "one factor for each adapter")
+        require("adapter_name", adapter_name, adapter_name not in self.peft_config, "a new name")
+        configs = [self.peft_config[name] for name in adapters]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, SliceLinear)]
+        fuse(layers, adapters, weights, adapter_name)
+        carried = self.adapted_layers(adapter_name)
+        self.permuted.add(adapter_name, [])
+        self._groups[adapter_name] = []
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            roles=list(dict.fromkeys(role for config in configs for role in config.roles)),
+            target_modules=set(carried),
+            exclude_modules=None,
+            modules_to_save=None,
+            density=None,
+            match_lora_rank=None,
+            ratio=None,
+            num_weights=sum(x.s2ft_values[adapter_name].numel() for x in carried.values()),
+            attention_unit="auto",
+            selection=FUSED,
+            layout="index",
+            exclude=None,
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        with self.permuted.paused(), super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.permuted.close()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+_LEAST = 1e-12  # of units: one in each matrix
+
+Config: type[PeftConfig] = S2FTConfig
+Model = S2FTModel

@@ -1,0 +1,78 @@
+"""Where one adapter's slice of one layer lies: what backward and resident mode read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sft.adapters.region import Lines
+
+if TYPE_CHECKING:
+    from sft.adapters.slice_layer import SliceLinear
+
+
+class SliceSite:
+    """The features of one adapter in one layer, in the order in which the base lies now.
+
+    Args:
+        layer: the layer.
+        name: the adapter.
+    """
+
+    def __init__(self, layer: SliceLinear, name: str) -> None:
+        self._layer = layer
+        self._name = name
+        self._key: tuple[Tensor, int, Tensor | None] | None = None
+        self._region: Lines | None = None
+        self._start: int | None = None
+
+    @property
+    def side(self) -> str:
+        """'in' or 'out'."""
+        return self._layer.side
+
+    @property
+    def indices(self) -> Tensor:
+        """(s,) the trained features."""
+        return self.region.indices
+
+    @property
+    def start(self) -> int | None:
+        """The first feature of a run without a gap, else None."""
+        self._renew()
+        return self._start
+
+    @property
+    def region(self) -> Lines:
+        """The trained lines of W: the same object until they change place."""
+        self._renew()
+        assert self._region is not None
+        return self._region
+
+    @property
+    def stamp(self) -> object:
+        """Equal stamps mean that W and the slice are the same."""
+        return (self._layer.content, self.region)
+
+    def _renew(self) -> None:
+        own: Tensor = self._layer.s2ft_indices[self._name]
+        places = self._layer.permuted.places(self._name, self._layer.path)
+        if self._is_known(own, places):
+            return
+        indices = own if places is None else places.to(own.device)[own.long()]
+        self._region = Lines(self._layer.axis, indices)
+        self._key = (own, own._version, places)
+        self._start = _run(indices)
+
+    def _is_known(self, own: Tensor, places: Tensor | None) -> bool:
+        key = self._key
+        return key is not None and key[0] is own and key[1] == own._version and key[2] is places
+
+
+def _run(indices: Tensor) -> int | None:
+    """Return the first index if each other one is the next after the one before it."""
+    if indices.is_meta or indices.numel() == 0:
+        return None
+    whole = bool((indices[1:] == indices[:-1] + 1).all())
+    return int(indices[0]) if whole else None
