@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.permuted import PermutedUnits
+from sft.adapters.region import Lines, Region
 from sft.adapters.residency import Residence
 from sft.adapters.slice_site import SliceSite
 from sft.adapters.support import check_base, check_indices, check_values
@@ -100,6 +101,10 @@ class SliceLinear(SparseLayer):
         """Return x[:, idx] P, or x P^T at the outputs idx."""
         site = self._ready(name)
         return slice_linear(x, self.s2ft_values[name], site, out_features=self.out_features)
+
+    def lines(self, indices: Tensor) -> Region:
+        """Return where features lie in the stored weight."""
+        return Lines(self.axis, indices)
 
     def residence(self, name: str) -> Residence | None:
         """Return the lines of W that the adapter trains, where they lie now."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sft.adapters.region import Lines
+from sft.adapters.region import Region
 
 if TYPE_CHECKING:
     from sft.adapters.slice_layer import SliceLinear
@@ -24,7 +24,8 @@ class SliceSite:
         self._layer = layer
         self._name = name
         self._key: tuple[Tensor, int, Tensor | None] | None = None
-        self._region: Lines | None = None
+        self._region: Region | None = None
+        self._indices: Tensor | None = None
         self._start: int | None = None
 
     @property
@@ -35,7 +36,9 @@ class SliceSite:
     @property
     def indices(self) -> Tensor:
         """(s,) the trained features."""
-        return self.region.indices
+        self._renew()
+        assert self._indices is not None
+        return self._indices
 
     @property
     def start(self) -> int | None:
@@ -44,7 +47,7 @@ class SliceSite:
         return self._start
 
     @property
-    def region(self) -> Lines:
+    def region(self) -> Region:
         """The trained lines of W: the same object until they change place."""
         self._renew()
         assert self._region is not None
@@ -61,7 +64,7 @@ class SliceSite:
         if self._is_known(own, places):
             return
         indices = own if places is None else places.to(own.device)[own.long()]
-        self._region = Lines(self._layer.axis, indices)
+        self._indices, self._region = indices, self._layer.lines(indices)
         self._key = (own, own._version, places)
         self._start = _run(indices)
 
