@@ -73,6 +73,10 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         """Return what is added to the training loss of an update, or None."""
         return None
 
+    def stage_ends(self, adapter_name: str, total_steps: int) -> tuple[int, ...]:
+        """Return the updates after which a stage ends and optimizer and schedule begin anew."""
+        return (total_steps,)
+
     def calibration(self, adapter_name: str) -> Calibration | None:
         """Return how batches choose the adapter's support, or None if none are needed."""
         return None

@@ -77,6 +77,9 @@ class Dynamics(Protocol):
     def after_update(self, step: int, accumulators: Accumulators) -> list[SupportChange]:
         """Return what changed after update `step`; the supports are in place already."""
 
+    def metrics(self) -> dict[str, float]:
+        """Return what the training log shows beside the loss."""
+
     def close(self) -> None:
         """Stop listening to backward: the training has ended, perhaps inside a window."""
 

@@ -27,6 +27,7 @@ from sft.identity import (
 )
 from sft.optim.move import move_state
 from sft.optim.prox import attach
+from sft.stages import check_staged, keep_stage, stage_ends
 from sft.updates import check_per_layer, without_updates
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self.notes = notes or {}
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
+        self._ends: tuple[int, ...] = ()
         self._scale: GradientScale | None = None
         self._proximal: RemovableHandle | None = None
 
@@ -89,6 +91,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         _check_processes(model, running, count=args.world_size)
         _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
         check_per_layer(tuner, optimizer)
+        self._ends = stage_ends(tuner, state.max_steps)
+        check_staged(kwargs["lr_scheduler"], self._ends)
         penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
         if penalties:
             self._proximal = attach(_unwrap(optimizer), penalties)
@@ -141,14 +145,29 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                     stock,
                     change.parameter,
                     change.source,
+                    dim=change.dim,
                     mean_grad=change.mean_grad,
                     mean_square=change.mean_square,
                     updates=change.updates,
                 )
-            if changes:
-                count = sum(int((change.source < 0).sum()) for change in changes)
+            count = sum(int((change.source < 0).sum()) for change in changes)
+            if count:
                 self.replaced[state.global_step] = count
                 logger.info("step %d: %d weights replaced", state.global_step, count)
+        if len(self._ends) > 1 and state.global_step in self._ends:
+            self._end_stage(state, control, stock)
+
+    def _end_stage(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+        """Ask for a checkpoint, and let the optimizer begin anew before it is written."""
+        control.should_save = True
+        stage = self._ends.index(state.global_step) + 1
+        logger.info("stage %d of %d ends: %s", stage, len(self._ends), self.metrics())
+        if state.global_step < state.max_steps:
+            optimizer.state.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the method shows beside the loss."""
+        return {k: v for dynamics in self._dynamics.values() for k, v in dynamics.metrics().items()}
 
     def on_save(
         self,
@@ -176,7 +195,11 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             "resumable": not args.save_only_model,
             **self.notes,
         }
-        save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", tensors, notes)
+        output = Path(args.output_dir)
+        save_state(output / f"checkpoint-{state.global_step}", tensors, notes)
+        if len(self._ends) > 1 and state.global_step in self._ends:
+            record = {"step": state.global_step, **self.metrics()}
+            keep_stage(model, output, self._ends.index(state.global_step) + 1, record)
 
     def on_train_end(
         self,
@@ -197,7 +220,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             self._scale.close()
         if self._proximal is not None:
             self._proximal.remove()
-        self._dynamics, self._scale, self._proximal = {}, None, None
+        self._dynamics, self._scale, self._proximal, self._ends = {}, None, None, ()
         leave_resident(model)
 
     def _resume(

@@ -19,6 +19,7 @@ from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
 from sft.parameter_groups import split_groups
+from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
 
     sparse_callback: SparseCallback
     optimizer: Any
+    lr_scheduler: Any
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -90,6 +92,24 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
             if wants_per_layer(tuner):
                 optimizer = self.optimizer = per_layer(self, optimizer)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Create the learning rate schedule; for a method with stages, once for each of them."""
+        tuner, made_here = sparse_tuner(self.model), self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        ends = (num_training_steps,) if tuner is None else stage_ends(tuner, num_training_steps)
+        if made_here and len(ends) > 1:
+            self.lr_scheduler = staged_scheduler(optimizer or self.optimizer, self.args, ends)
+            return self.lr_scheduler
+        return scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, beside the loss, what the method shows."""
+        if "loss" in logs:
+            logs |= self.sparse_callback.metrics()
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self,

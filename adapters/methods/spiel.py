@@ -125,6 +125,10 @@ class _Growth:
     def after_gradients(self, scale: float) -> None:
         """Nothing to take in."""
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing to show."""
+        return {}
+
     def close(self) -> None:
         """Nothing listens."""
 

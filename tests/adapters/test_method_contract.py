@@ -166,7 +166,10 @@ def test_a_saved_adapter_is_the_one_loaded(trained, base, batch, same, tmp_path)
 
 def test_a_file_for_another_model_is_refused(trained, method, llama, tmp_path) -> None:
     trained.save_pretrained(tmp_path)
-    for changes in ({"hidden_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
+    others = [{"hidden_size": 48}, {"num_hidden_layers": 1}]
+    if method != "sora":  # ranks are no share of the model: more layers may stay as they are
+        others.append({"num_hidden_layers": 3})
+    for changes in others:
         with pytest.raises(ValueError, match=r"^[\w ]+: .*"):
             PeftModel.from_pretrained(llama(**changes), tmp_path)
 
