@@ -92,7 +92,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
         check_per_layer(tuner, optimizer)
         self._ends = stage_ends(tuner, state.max_steps)
-        check_staged(kwargs["lr_scheduler"], self._ends)
+        check_staged(kwargs.get("lr_scheduler"), self._ends)
         penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
         if penalties:
             self._proximal = attach(_unwrap(optimizer), penalties)
