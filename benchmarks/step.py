@@ -5,7 +5,7 @@
 Every case owns a copy of the model. One round runs one step of each case, and the process CPU time
 of each step is kept: on a shared machine it is steadier than the wall clock. Figures are medians
 and ratios of this one run. Bytes are those autograd keeps between forward and backward, each
-storage once, parameters and buffers excluded.
+storage once, parameters and buffers excluded; held are parameters, buffers and optimizer state.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def measure(name: str, rounds: int, batch_size: int, length: int) -> dict[str, A
     cases = {build.__name__: build(copy.deepcopy(base).train()) for build in CASES}
     saved = {name: case.saved_bytes(batch) for name, case in cases.items()}
     steps = {name: partial(case.step, batch) for name, case in cases.items()}
-    return _summary(interleave(steps, rounds), saved)
+    times = interleave(steps, rounds)
+    return _summary(times, saved, {name: case.held_bytes() for name, case in cases.items()})
 
 
-def _summary(times: dict[str, list[float]], saved: dict[str, int]) -> dict[str, Any]:
+def _summary(
+    times: dict[str, list[float]], saved: dict[str, int], held: dict[str, int]
+) -> dict[str, Any]:
     seconds = medians(times)
     # one cycle of S=20, A=5: one window start, four updates in the window, fifteen outside
     cycle = seconds["spiel_window_start"] + 4 * seconds["spiel_window"] + 15 * seconds["spiel"]
@@ -60,6 +63,7 @@ def _summary(times: dict[str, list[float]], saved: dict[str, int]) -> dict[str, 
             for name, values in times.items()
         },
         "saved_mib": {name: round(value / 2**20, 1) for name, value in saved.items()},
+        "held_mib": {name: round(value / 2**20, 1) for name, value in held.items()},
         "all_cpu_seconds": {n: [round(v, 4) for v in values] for n, values in times.items()},
     }
 

@@ -65,6 +65,16 @@ class Case:
         del loss
         return sum(kept.values())
 
+    def held_bytes(self) -> int:
+        """Count the bytes of parameters, buffers and optimizer state, after a step."""
+        state = [] if self.optimizer is None else self.optimizer.state.values()
+        tensors = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *(t for parts in state for t in parts.values() if isinstance(t, Tensor)),
+        ]
+        return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
@@ -124,6 +134,18 @@ def _with_proximal_step(case: Case) -> Case:
     return case
 
 
+def sltrain(base: nn.Module) -> Case:
+    """SLTrain from scratch: the same shapes as c B A + S, r=128, density 3%."""
+    model = sft.pretrain_model(base.config, sft.SLTrainConfig(r=128, alpha=32, density=0.03))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Case(model, torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+
+def sltrain_finetune(base: nn.Module) -> Case:
+    """SLTrain beside the frozen weights: r=16, density 0.5%, S resident."""
+    return adapted(base, sft.SLTrainConfig(r=16, density=0.005))
+
+
 def spiel(base: nn.Module) -> Case:
     """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
     return adapted(base, sft.SpielConfig(density=0.005, target_modules="all-linear"))
@@ -181,6 +203,8 @@ CASES = (
     s2ft,
     sora,
     sora_half,
+    sltrain,
+    sltrain_finetune,
     spiel,
     spiel_window,
     spiel_window_start,
