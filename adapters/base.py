@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sft.adapters.calibration import Calibration
 from sft.adapters.dynamics import Dynamics, Penalty
-from sft.adapters.geometry import Kind, layer_kind
+from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 
@@ -131,6 +131,15 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
             target = layer
         self._targets[current_key] = target
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in another's place. PEFT's own expects a weight of that name."""
+        if layer_kind(new_module) is Kind.EXPERTS:
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Give the base back, merged or not: no layer that goes may leave deltas in its weight."""
         for module in self.model.modules():
@@ -212,7 +221,7 @@ def check_target(model: nn.Module, target: nn.Module, name: str, kinds: Sequence
         for owner, module in model.named_modules()
         if module is not base
         for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter is base.weight
+        if parameter is stored_weight(base)
     ]
     if sharing:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -43,6 +43,13 @@ def _are_experts(base: nn.Module) -> bool:
     """Tell whether this is a module of 3-D parameters behind transformers' experts interface."""
     down = getattr(base, "down_proj", None)
     return type(down) is nn.Parameter and down.dim() == 3 and hasattr(base, "is_transposed")
+
+
+def stored_weight(base: nn.Module) -> Tensor:
+    """Return the parameter that adapters of a layer change."""
+    weight = base.down_proj if layer_kind(base) is Kind.EXPERTS else base.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def features(base: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from sft.adapters.geometry import features, layer_kind, weight_shape
+from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
 from sft.adapters.merging import MergeStack, check_mergeable
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Residence, Residency, obstacle
@@ -297,8 +297,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return obstacle(self.get_base_layer())
 
     def _stored_weight(self) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight
-        return weight
+        return stored_weight(self.get_base_layer())
 
     # -- PEFT's verbs --------------------------------------------------------------------------
 

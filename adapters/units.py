@@ -109,7 +109,11 @@ def unit_groups(
         ValueError: a role that the model does not have in this form.
     """
     groups = list(groups)
-    wanted = {"channels", "vo_channels" if attention_unit == "vo_channels" else "heads"}
+    wanted = {
+        "channels",
+        "expert_channels",
+        "vo_channels" if attention_unit == "vo_channels" else "heads",
+    }
     found = []
     for group in groups:
         members = [m for m in (*group.producers, *group.consumers) if m.role in roles]
@@ -160,12 +164,12 @@ def _slot(model: nn.Module, member: Member, table: Tensor) -> Slot:
 
 def _check_roles(found: list[UnitGroup], groups: list[CoupledGroup], roles: Sequence[str]) -> None:
     present = {slot.role for group in found for slot in group.slots}
-    experts = {m.role: g for g in groups if g.kind == "expert_channels" for m in g.members}
+    experts = {m.role: g for g in groups if g.kind == "expert_channels" for m in g.producers}
     for role in roles:
         if role in experts:
             raise ValueError(
-                f"roles: got {role!r}, but {experts[role].name!r} keeps its experts in one 3-D "
-                "parameter that no layer can stand around; set roles=['o']"
+                f"roles: got {role!r}, which the experts of {experts[role].name!r} keep fused in a "
+                "3-D parameter; of these only the consumer is trained, set roles=['o', 'down']"
             )
         if role not in present and role != LOOSE:
             known = sorted({m.role for g in groups for m in (*g.producers, *g.consumers)})

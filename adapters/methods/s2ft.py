@@ -25,6 +25,7 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import Budget
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import OPTIMIZERS, is_whole, require
+from sft.adapters.expert_layer import SliceExperts, expert_columns
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.permuted import PermutedUnits
@@ -208,6 +209,7 @@ class S2FTModel(SparseTuner):
 
     prefix = "s2ft_"
     tuner_layer_cls = SliceLinear
+    kinds = (Kind.LINEAR, Kind.CONV1D, Kind.EXPERTS)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -225,6 +227,7 @@ class S2FTModel(SparseTuner):
         config = self.peft_config[adapter_name]
         groups = target_groups(model, config)
         # whatever is refused is refused before a module is wrapped
+        _check_experts(config, groups)
         on_meta = kwargs.get("low_cpu_mem_usage", False)
         self._first = self._first_choice(groups, config, on_meta=on_meta)
         self._sides = {slot.module: slot.side for group in groups for slot in group.slots}
@@ -252,6 +255,8 @@ class S2FTModel(SparseTuner):
 
     def new_layer(self, config: S2FTConfig, target: nn.Module, name: str) -> SparseLayer:
         """Return a layer around a matrix whose input or output features are trained."""
+        if layer_kind(unwrapped(target)) is Kind.EXPERTS:
+            return SliceExperts(target, name=name, permuted=self.permuted)
         return SliceLinear(target, side=self._sides[name], name=name, permuted=self.permuted)
 
     def attach(
@@ -301,6 +306,8 @@ class S2FTModel(SparseTuner):
         base = unwrapped(layer)
         if isinstance(layer, SparseLayer):
             weight = layer.pretrained_weight()
+        elif layer_kind(base) is Kind.EXPERTS:
+            weight = expert_columns(base)
         else:
             weight = dequantize_module_weight(base)
         return weight.detach().t() if layer_kind(base) is Kind.CONV1D else weight.detach()
@@ -388,6 +395,19 @@ class S2FTModel(SparseTuner):
 
 
 _LEAST = 1e-12  # of units: one in each matrix
+
+
+def _check_experts(config: S2FTConfig, groups: Iterable[UnitGroup]) -> None:
+    """Raise for what modules of experts cannot do."""
+    name = next((group.name for group in groups if group.kind == "expert_channels"), None)
+    if name is None:
+        return
+    index = f"'index' for the experts of {name!r}, which stay in their own order"
+    require("layout", config.layout, config.layout == "index", index)
+    blind = ", ".join(each for each in SELECTIONS if each not in CALIBRATED)
+    unseen = f"{blind} with the experts of {name!r}, whose channels no hook can read"
+    require("selection", config.selection, config.selection not in CALIBRATED, unseen)
+
 
 Config: type[PeftConfig] = S2FTConfig
 Model = S2FTModel
