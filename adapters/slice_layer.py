@@ -74,6 +74,10 @@ class SliceLinear(SparseLayer):
             inference_mode=inference_mode,
         )
 
+    def site(self, name: str) -> SliceSite:
+        """Return where the adapter's features lie now, as backward sees it."""
+        return self._sites[name]
+
     def replace_slice(self, name: str, features: Tensor, values: Tensor | None = None) -> None:
         """Move an adapter to other features; the parameter object stays, its size may change.
 
