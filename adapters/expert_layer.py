@@ -157,7 +157,8 @@ def expert_columns(base: Any) -> Tensor:
     """Return the down projections side by side: (out, experts * in)."""
     weight: Tensor = base.down_proj.detach()
     weight = weight if base.is_transposed else weight.transpose(1, 2)
-    return weight.reshape(-1, weight.shape[-1]).t()
+    columns: Tensor = weight.reshape(-1, weight.shape[-1]).t()
+    return columns
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,11 @@ def test_weights_score_channels_of_each_expert(base) -> None:
         layer.down_proj.normal_(std=0.1)
         line = layer.down_proj[2, 5] if layer.is_transposed else layer.down_proj[2, :, 5]
         line.fill_(9.0)
-    chosen = experts(adapted(model, selection="weight", ratio={"o": 0.1, "down": 0.01}))[0]
+    chosen = experts(
+        adapted(
+            model, selection="weight", selection_order="largest", ratio={"o": 0.1, "down": 0.01}
+        )
+    )[0]
     assert 2 * 24 + 5 in chosen.s2ft_indices["default"].tolist()
 
 
