@@ -133,7 +133,7 @@ class SliceExperts(SliceLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense delta of an adapter, in the shape of down_proj."""
         values = self.s2ft_values[adapter].detach()
-        dense = values.new_zeros(self._stored_weight().shape)
+        dense: Tensor = values.new_zeros(self._stored_weight().shape)
         self.lines(self.s2ft_indices[adapter]).write(dense, values)
         return dense
 
