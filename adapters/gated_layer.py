@@ -40,6 +40,7 @@ class GatedLinear(SparseLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.training = base_layer.training  # no dropout in a model that is evaluated
         self.scale: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.max_rank: dict[str, int] = {}

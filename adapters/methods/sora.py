@@ -23,7 +23,6 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.config import is_whole, require
 from sft.adapters.dynamics import Dynamics, Penalty
 from sft.adapters.gated_layer import GatedLinear
-from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.ranks import RankDynamics
 from sft.adapters.registry import register_all
@@ -146,13 +145,7 @@ class SoRAModel(SparseTuner):
 
     def new_layer(self, config: SoRAConfig, target: nn.Module, name: str) -> SparseLayer:
         """Return a gated layer around a linear one."""
-        layer = GatedLinear(target)
-        if layer.kind is Kind.EMBEDDING:
-            raise ValueError(
-                f"target_modules: {name!r} is an embedding, allowed are linear layers, which have "
-                "an input to take ranks of; leave it out or name it in modules_to_save"
-            )
-        return layer
+        return GatedLinear(target)
 
     def attach(
         self, adapter: str, config: SoRAConfig, targets: dict[str, Any], *, on_meta: bool
