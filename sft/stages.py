@@ -104,7 +104,7 @@ def _multiplier(args: TrainingArguments, length: int) -> Multiplier:
     )
     if not isinstance(found, LambdaLR):
         raise ValueError(
-            f"lr_scheduler_type: got {str(args.lr_scheduler_type)!r} with a schedule of stages, "
+            f"lr_scheduler_type: got {args.lr_scheduler_type.value!r} with a schedule of stages, "
             "allowed are those that depend on the step alone, such as linear or cosine"
         )
     multiplier: Multiplier = found.lr_lambdas[0]
