@@ -124,7 +124,7 @@ def test_s2ft_fact26_checkpointing_changes_nothing_and_the_loss_falls(lab, adapt
         for checkpointing in (False, True)
     ]
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-5)
-    assert runs[0].losses[-1] < 0.9 * runs[0].losses[0]
+    assert runs[0].losses[-1] < runs[0].losses[0] - 0.05
 
 
 @pytest.mark.parametrize("selection", ["activation", "product", "gradient"])
