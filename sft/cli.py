@@ -109,10 +109,16 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write the merged model into.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
     base: Annotated[
         str | None, typer.Option("--base", help="The model it was trained on; default: as saved.")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="merged: a stock model; lora: a stock PEFT LoRA.")
+    ] = "merged",
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="One rank for all modules of the LoRA.")
+    ] = False,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
     ] = "auto",
@@ -120,18 +126,31 @@ def export(
         bool, typer.Option("--overwrite", help="Replace a filled folder.")
     ] = False,
 ) -> None:
-    """Merge an adapter into its base and save a stock model, then check it by reloading.
+    """Save a trained adapter in a stock format, then check it by reloading.
 
-    Example:
+    Examples:
         sft export runs/quickstart/adapter --base smollm2-135m-instruct --to merged
+
+        sft export runs/sora/adapter --format lora --to lora
     """
     with user_errors():
-        from sft.export_adapter import export_adapter
+        if form not in ("merged", "lora"):
+            raise UserError(f"--format: got {form!r}; expected merged or lora")
+        if uniform_rank and form != "lora":
+            raise UserError("--uniform-rank: only a LoRA has ranks; pass --format lora as well")
+        from sft.export_adapter import export_adapter, export_adapter_as_lora
         from sft.quiet import quiet_libraries
 
         quiet_libraries()
-        difference = export_adapter(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
-        print(f"{to}: written; reloaded, max |logit difference| {difference:g}")
+        if form == "merged":
+            difference = export_adapter(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
+            print(f"{to}: written; reloaded, max |logit difference| {difference:g}")
+            return
+        ranks, difference = export_adapter_as_lora(
+            adapter, base=base, to=to, dtype=dtype, uniform_rank=uniform_rank, overwrite=overwrite
+        )
+        shown = f"{len(ranks)} modules of rank {min(ranks.values())} to {max(ranks.values())}"
+        print(f"{to}: written, {shown}; loaded by PEFT, max |logit difference| {difference:g}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`sft export`: a saved adapter and its base become one stock model."""
+"""`sft export`: a saved adapter becomes a stock model with its base, or a stock LoRA."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sft.export import (
     trained_logits,
     verify_merged,
 )
+from sft.export_lora import export_lora, lora_bound, verify_lora
 from sft.models import load_model, load_tokenizer
 from sft.schema import ModelSpec
 from sft.whole import refuse_filled
@@ -38,20 +39,10 @@ def export_adapter(
     Returns:
         The largest |logit difference| between the reloaded model and the one in memory.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
-    if not overwrite:
-        refuse_filled(to, "--to", "pass --overwrite to replace it")
-    spec = ModelSpec(name=base or _trained_on(adapter))
-    tokenizer, model = _tokenizer(adapter, spec), _adapted(adapter, spec)
+    tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
     batches = [_probe(tokenizer)]
     expected = trained_logits(model, batches)
     bound = merging_bound(model, expected)
-    cast = None if dtype == "auto" else getattr(torch, dtype)
     merged = merge(model, cast)
     if cast is not None:  # rounding the weights is what was asked for: compare what was rounded
         expected, bound = logits_of(merged, batches), 0.0
@@ -63,6 +54,59 @@ def export_adapter(
         check=lambda path: found.append(verify_merged(path, batches, expected, bound=bound)),
     )
     return found[0]
+
+
+def export_adapter_as_lora(
+    adapter: Path,
+    *,
+    base: str | None,
+    to: Path,
+    dtype: str = "auto",
+    uniform_rank: bool = False,
+    overwrite: bool = False,
+) -> tuple[dict[str, int], float]:
+    """Write a saved adapter as a stock PEFT LoRA, load that over its base and compare logits.
+
+    Args:
+        adapter: As for `export_adapter`.
+        base: As for `export_adapter`.
+        to: Folder to write.
+        dtype: Of the factors; "auto" is float32.
+        uniform_rank: Give all modules the largest rank, padded with zeros.
+        overwrite: Replace `to` when it is filled.
+
+    Returns:
+        The rank of each module, and the largest |logit difference|.
+    """
+    tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
+    batches = [_probe(tokenizer)]
+    expected = trained_logits(model, batches)
+    bound = lora_bound(model, expected, cast)
+    found: list[float] = []
+
+    def check(path: Path) -> None:
+        tokenizer.save_pretrained(path)
+        found.append(verify_lora(path, model.unload(), batches, expected, bound=bound))
+
+    ranks = export_lora(model, to, uniform_rank=uniform_rank, dtype=cast, check=check)
+    return ranks, found[0]
+
+
+def _opened(
+    adapter: Path, base: str | None, to: Path, dtype: str, overwrite: bool
+) -> tuple[Any, Any, torch.dtype | None]:
+    """Check the request; return the tokenizer, base and adapter, and the type asked for, if any."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
+    if not overwrite:
+        refuse_filled(to, "--to", "pass --overwrite to replace it")
+    spec = ModelSpec(name=base or _trained_on(adapter))
+    cast = None if dtype == "auto" else getattr(torch, dtype)
+    return _tokenizer(adapter, spec), _adapted(adapter, spec), cast
 
 
 def _trained_on(adapter: Path) -> str:
