@@ -39,9 +39,10 @@ types: env  ## mypy --strict
 conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
 	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
 
-bench: env  ## run the benchmarks (about 15 minutes) and write docs/benchmarks.md
+bench: env  ## run the benchmarks (about 20 minutes) and write docs/benchmarks.md
 	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
 	@$(PHASE) step $(BIN)/python benchmarks/step.py --profile
+	@$(PHASE) switching $(BIN)/python benchmarks/switching.py
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
 	@$(BIN)/python benchmarks/report.py
 

@@ -27,6 +27,11 @@ CASES = {
     "full": "full fine-tuning, fused AdamW",
     "lora": "PEFT LoRA r=16, fused AdamW",
     "floor": "forward + input gradients alone (no training)",
+    "s2ft": "S2FT, 1 % of the o and down projections",
+    "sora": "SoRA, 16 ranks, proximal step included",
+    "sora_half": "SoRA after half of the 16 ranks have left",
+    "sltrain": "SLTrain from scratch, r=128, density 3 %, everything else dense",
+    "sltrain_finetune": "SLTrain beside frozen weights, r=16, density 0.5 %",
     "spiel": "SpIEL, density 0.5 %, between windows",
     "spiel_window": "SpIEL-AG inside a window",
     "spiel_window_start": "SpIEL-AG, first update of a window",
@@ -35,22 +40,35 @@ CASES = {
 }
 
 
+README_CASES = {
+    "s2ft": "S2FT, 1 % of the o and down projections",
+    "spiel": "SpIEL, 0.5 % of all linear layers, between windows",
+    "sora": "SoRA, 16 ranks",
+    "sora_half": "SoRA after half of its ranks have left",
+    "lora": "PEFT LoRA, 16 ranks",
+    "full": "full fine-tuning",
+    "sltrain": "SLTrain from scratch, r=128, density 3 %",
+}
+
+
 def step_section(result: dict[str, Any]) -> str:
     """Describe `benchmarks/step.py`."""
     arguments = result["arguments"]
     size = f"batch {arguments['batch_size']} x {arguments['length']} tokens"
     rows = [
-        "| case | CPU s | to LoRA | to full | kept for backward |",
-        "|---|---|---|---|---|",
+        "| case | CPU s | to LoRA | to full | kept for backward | held |",
+        "|---|---|---|---|---|---|",
     ]
     for case, label in CASES.items():
-        saved = result["saved_mib"].get(case)
+        saved, held = result["saved_mib"].get(case), result["held_mib"].get(case)
         rows.append(
             f"| {label} | {result['cpu_seconds'][case]:.2f} | {result['to_lora'][case]:.2f} "
-            f"| {result['to_full'][case]:.2f} | {f'{saved:.0f} MiB' if saved else ''} |"
+            f"| {result['to_full'][case]:.2f} | {f'{saved:.0f} MiB' if saved else ''} "
+            f"| {f'{held:.0f} MiB' if held else ''} |"
         )
     title = f"## One training step\n\n`python benchmarks/step.py`: {arguments['model']}, {size}, "
-    title += f"fp32, all linear layers but the head, {_machine(result)}.\n"
+    title += f"fp32, all linear layers but the head, {_machine(result)}. "
+    title += "Held are parameters, indices and the optimizer's state.\n"
     return "\n".join([title, *rows, "", *_profile(result)])
 
 
@@ -106,6 +124,30 @@ def quickstart_section(result: dict[str, Any]) -> str:
     )
 
 
+def switching_section(result: dict[str, Any]) -> str:
+    """Describe `benchmarks/switching.py`."""
+    switch, left = result["switch_cpu_seconds"], result["share_of_weights_left_different"]
+    mixed, to_base = result["mixed_batch_cpu_seconds"], result["mixed_batch_to_base"]
+    counts = result["weights_of_an_adapter"]
+    rows = [
+        "## Several adapters over one base\n",
+        f"`python benchmarks/switching.py`: {result['arguments']['model']}, "
+        f"{result['arguments']['dtype']}, four adapters on the o and down projections, "
+        f"{counts['s2ft']:,} weights each for S2FT and {counts['lora']:,} for PEFT LoRA, "
+        f"{_machine(result)}. Switching brings the next adapter into W; the mixed batch has eight "
+        "rows with four adapters in one forward pass.\n",
+        "| | CPU ms of a switch | weights that end different from the base "
+        "| CPU s of a mixed batch | to the base alone |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in (("s2ft", "S2FT"), ("lora", "PEFT LoRA")):
+        rows.append(
+            f"| {label} | {1000 * switch[name]:.1f} | {left[name]:.2%} | {mixed[name]:.2f} "
+            f"| {to_base[name]:.2f} |"
+        )
+    return "\n".join([*rows, ""])
+
+
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return f"{machine['threads']} threads of {machine['processor']}"
@@ -114,6 +156,7 @@ def _machine(result: dict[str, Any]) -> str:
 SECTIONS = {
     "quickstart": quickstart_section,
     "step": step_section,
+    "switching": switching_section,
     "crossover": crossover_section,
 }
 
@@ -134,6 +177,10 @@ def summary() -> str:
     quickstart, step = results()["quickstart"], results()["step"]
     rate = "token_error_rate"
     lora, full, saved = step["to_lora"], step["to_full"], step["saved_mib"]
+    rows = "\n".join(
+        f"| {label} | {lora[case]:.2f} | {full[case]:.2f} | {saved[case]:.0f} MiB |"
+        for case, label in README_CASES.items()
+    )
     return f"""| | |
 |---|---|
 | quickstart: phoneme error rate on held-out words | {quickstart["before"][rate]:.2f} before, \
@@ -141,12 +188,13 @@ def summary() -> str:
 | weights trained | {quickstart["trained_weights"]:,} of {quickstart["all_weights"]:,} \
 ({quickstart["trained_weights"] / quickstart["all_weights"]:.2%}) |
 | same seed again | {"the same bits" if quickstart["repeated_exactly"] else "other numbers"} |
-| CPU time of a step, 0.5 % of the targets | {lora["spiel"]:.2f} of PEFT LoRA r=16, \
-{full["spiel"]:.2f} of full fine-tuning |
-| the same, mean over a cycle with its window | {lora["spiel_cycle_mean"]:.2f} and \
-{full["spiel_cycle_mean"]:.2f} |
-| kept for backward | {saved["spiel"]:.0f} MiB; LoRA {saved["lora"]:.0f}, \
-full {saved["full"]:.0f} |
+
+| CPU time of a training step | of PEFT LoRA r=16 | of full fine-tuning | kept for backward |
+|---|---|---|---|
+{rows}
+
+The last row pre-trains the same shapes from scratch; its parameters, indices and optimizer state \
+take {1 - step["held_mib"]["sltrain"] / step["held_mib"]["full"]:.0%} less memory than dense ones.
 """
 
 

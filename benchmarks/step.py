@@ -5,7 +5,7 @@
 Every case owns a copy of the model. One round runs one step of each case, and the process CPU time
 of each step is kept: on a shared machine it is steadier than the wall clock. Figures are medians
 and ratios of this one run. Bytes are those autograd keeps between forward and backward, each
-storage once, parameters and buffers excluded; held are parameters, buffers and optimizer state.
+storage once, parameters and buffers excluded; held are parameters, indices, optimizer state.
 """
 
 from __future__ import annotations

@@ -66,11 +66,14 @@ class Case:
         return sum(kept.values())
 
     def held_bytes(self) -> int:
-        """Count the bytes of parameters, buffers and optimizer state, after a step."""
+        """Count the bytes of parameters, indices and optimizer state, after a step."""
         state = [] if self.optimizer is None else self.optimizer.state.values()
+        layers = sparse_layers(self.model).values()
+        patterns = [p for layer in layers if (p := layer.pattern("default")) is not None]
         tensors = [
             *self.model.parameters(),
             *self.model.buffers(),
+            *(t for p in patterns for t in (p.indices, p.columns, p.row_pointers)),
             *(t for parts in state for t in parts.values() if isinstance(t, Tensor)),
         ]
         return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
