@@ -45,10 +45,24 @@ def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
         config = build_method({"name": name} | fields)
     except (ValueError, TypeError) as error:
         raise key_error(source, "method", known, error) from error
+    _check_start(recipe, config, source)
     shown = (field.name for field in dataclasses.fields(owner) if field.init)
     return {"name": name} | {
         key: _plain(getattr(config, key)) for key in shown if key not in HIDDEN
     }
+
+
+def _check_start(recipe: Recipe, config: Any, source: Source) -> None:
+    """Refuse random weights to a method that needs trained ones, and the other way round."""
+    from_scratch = getattr(config, "from_scratch", False)
+    if recipe.model.config is not None and not from_scratch:
+        raise source.error(
+            "model.config", f"asks for random weights, which {recipe.method['name']} does not train"
+        )
+    if from_scratch and recipe.model.config is None:
+        raise source.error(
+            "method", "trains random weights; add model.config, with what differs or {}"
+        )
 
 
 def build_method(method: dict[str, Any]) -> Any:

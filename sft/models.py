@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sft import embedded
-from sft.errors import UserError, one_line
+from sft.errors import UserError, one_line, unknown_name
 from sft.schema import ModelSpec
 
 
@@ -26,6 +26,24 @@ def load_model(spec: ModelSpec) -> Any:
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return _load(AutoModelForCausalLM, spec, dtype=dtype, **extra)
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """Load the configuration of the named model, with the fields of `model.config` in place.
+
+    Raises:
+        UserError: When it does not load, or has no such field.
+    """
+    from transformers import AutoConfig
+
+    extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
+    config, unknown = _load(
+        AutoConfig, spec, return_unused_kwargs=True, **extra, **(spec.config or {})
+    )
+    if unknown:
+        text = unknown_name(next(iter(unknown)), config.to_dict())
+        raise UserError(f"model.config: {text}")
+    return config
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:

@@ -19,7 +19,7 @@ from sft.errors import UserError
 from sft.export import export_merged, logits_of, merging_bound, verify_merged
 from sft.method import build_method
 from sft.metrics import evaluate, held_out_batches
-from sft.models import load_model, load_tokenizer
+from sft.models import load_config, load_model, load_tokenizer
 from sft.phases import Phases
 from sft.progress import ProgressReport
 from sft.recipe import to_yaml
@@ -68,11 +68,12 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
         trainer = _build_trainer(recipe, model, tokenizer, data, ProgressReport(console))
         trained, with_adapter = model.get_nb_trainable_parameters()
-        total = with_adapter - trained
+        # from scratch all is trained; beside a base the adapter comes on top
+        total = with_adapter if _from_scratch(recipe) else with_adapter - trained
         share = f"{100 * trained / total:.3f} %"
         phases.note(f"{recipe.method['name']} trains {trained:,} of {total:,} weights ({share})")
     held_out = _encode(recipe, data, tokenizer)
-    with model.disable_adapter():
+    with contextlib.nullcontext() if _from_scratch(recipe) else model.disable_adapter():
         before = _measure("before", recipe, model, tokenizer, held_out, phases)
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
@@ -115,7 +116,11 @@ def _load(recipe: Recipe, phases: Phases) -> tuple[Examples, Any, Any]:
         held_out = 0 if data.held_out is None else len(data.held_out)
         phases.note(f"{len(data.train):,} examples to train on, {held_out:,} held out")
     with phases.phase("model"):
-        tokenizer, model = load_tokenizer(recipe.model), load_model(recipe.model)
+        tokenizer = load_tokenizer(recipe.model)
+        if _from_scratch(recipe):
+            phases.note(f"{recipe.model.name}'s architecture, random weights")
+            return data, tokenizer, None
+        model = load_model(recipe.model)
         phases.note(f"{recipe.model.name}, {model.num_parameters():,} weights, {model.dtype}")
     return data, tokenizer, model
 
@@ -163,9 +168,26 @@ def _adapted(recipe: Recipe, model: Any) -> Any:
     from peft import get_peft_model
 
     try:
+        if _from_scratch(recipe):
+            return _built(recipe)
         return get_peft_model(model, build_method(recipe.method))
     except ValueError as error:
         raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+
+
+def _from_scratch(recipe: Recipe) -> bool:
+    return recipe.model.config is not None
+
+
+def _built(recipe: Recipe) -> Any:
+    """Build a model of random weights in the form that its method trains."""
+    import torch
+
+    from sft.pretrain import pretrain_model
+
+    config, dtype = load_config(recipe.model), recipe.model.dtype
+    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return pretrain_model(config, build_method(recipe.method), dtype=chosen or torch.float32)
 
 
 def _build_trainer(

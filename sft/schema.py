@@ -21,6 +21,10 @@ class ModelSpec(_Section):
     revision: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="random weights: what differs from the named model's configuration, or {}",
+    )
 
 
 class DataSpec(_Section):

@@ -96,6 +96,11 @@ class SLTrainConfig(SparseConfig):
         )
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether training starts from random weights."""
+        return self.form == "pretrain"
+
+    @property
     def suited_optimizer(self) -> str:
         """The Trainer's own: all values are of one age."""
         return "trainer"
