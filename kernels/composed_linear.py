@@ -160,7 +160,10 @@ class _Workspace(threading.local):
         if buffer is None or buffer.numel() < numel:
             # the old one is given back first
             self._buffers.pop(key, None)
-            buffer = self._buffers[key] = like.new_empty(numel)
+            # what inference mode makes could never be written to outside of it
+            with torch.inference_mode(False):
+                buffer = torch.empty(numel, dtype=like.dtype, device=like.device)
+            self._buffers[key] = buffer
         return buffer[:numel].view(shape)
 
 

@@ -124,3 +124,11 @@ def test_threads_share_no_workspace() -> None:
     thread.start()
     thread.join()
     assert taken[0].data_ptr() != taken[1].data_ptr()
+
+
+def test_the_workspace_outlives_inference_mode() -> None:
+    like = torch.zeros(1)
+    _workspace.__init__()
+    with torch.inference_mode():
+        _workspace.take((3, 4), like)
+    _workspace.take((3, 4), like).fill_(1.0)
