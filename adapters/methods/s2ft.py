@@ -10,31 +10,23 @@ served side by side; layout "permuted" moves them next to one another while trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftType
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from sft.adapters.base import SparseTuner
 from sft.adapters.budget import Budget
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import OPTIMIZERS, is_whole, require
-from sft.adapters.expert_layer import SliceExperts, expert_columns
-from sft.adapters.geometry import Kind, layer_kind
-from sft.adapters.layer import SparseLayer
-from sft.adapters.permuted import PermutedUnits
 from sft.adapters.registry import register_all
 from sft.adapters.select import ORDERS
 from sft.adapters.slice_fusion import fuse
 from sft.adapters.slice_layer import SliceLinear
 from sft.adapters.slice_targets import excluded_features, target_groups
-from sft.adapters.structure.layout import unwrapped
+from sft.adapters.slice_tuner import Chosen, SliceTuner
 from sft.adapters.unit_budget import ALLOCATIONS, Quota, by_ratio, by_weights
 from sft.adapters.unit_calibration import UnitCalibration
 from sft.adapters.unit_selection import (
@@ -204,85 +196,17 @@ _CHOICES = {
 }
 
 
-class S2FTModel(SparseTuner):
+class S2FTModel(SliceTuner):
     """PEFT tuner of S2FT."""
 
-    prefix = "s2ft_"
-    tuner_layer_cls = SliceLinear
-    kinds = (Kind.LINEAR, Kind.CONV1D, Kind.EXPERTS)
-
-    def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Find the units of the model, wrap the matrices of the roles, choose units of each.
-
-        Raises:
-            ValueError: the model has no such units, or the budget, the selection or the layout do
-                not fit it.
-        """
-        if "permuted" not in vars(self):
-            self.permuted = PermutedUnits(model)
-            self._groups: dict[str, list[UnitGroup]] = {}
-        self.permuted.restore()
-        config = self.peft_config[adapter_name]
+    def find(self, config: S2FTConfig, model: nn.Module) -> list[UnitGroup]:
+        """Return the groups of units in which a role is trained."""
         groups = target_groups(model, config)
-        # whatever is refused is refused before a module is wrapped
         _check_experts(config, groups)
-        on_meta = kwargs.get("low_cpu_mem_usage", False)
-        self._first = self._first_choice(groups, config, on_meta=on_meta)
-        self._sides = {slot.module: slot.side for group in groups for slot in group.slots}
-        self._groups[adapter_name] = groups
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        return groups
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
-        return peft_config
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        # PEFT matches suffixes, which a name in another part of the model may end with
-        if current_key in self._sides:
-            super()._create_and_replace(
-                peft_config, adapter_name, target, target_name, parent, current_key
-            )
-
-    def new_layer(self, config: S2FTConfig, target: nn.Module, name: str) -> SparseLayer:
-        """Return a layer around a matrix whose input or output features are trained."""
-        if layer_kind(unwrapped(target)) is Kind.EXPERTS:
-            return SliceExperts(target, name=name, permuted=self.permuted)
-        return SliceLinear(target, side=self._sides[name], name=name, permuted=self.permuted)
-
-    def attach(
-        self, adapter: str, config: Any, targets: dict[str, SparseLayer], *, on_meta: bool
-    ) -> None:
-        """Give each layer the adapter with the features that were chosen for it."""
-        chosen, pending = self._first
-        for name, layer in targets.items():
-            assert isinstance(layer, SliceLinear)
-            features = chosen[name].to("meta") if on_meta else chosen[name]
-            if pending:
-                layer.pending.add(adapter)
-            layer.add_adapter(adapter, features, inference_mode=config.inference_mode)
-            if not config.init_weights and not on_meta:
-                values = layer.s2ft_values[adapter]
-                values.data = torch.randn_like(values)
-        moved = config.layout == "permuted"
-        self.permuted.add(adapter, self._groups[adapter] if moved else [])
-
-    def _first_choice(
-        self, groups: list[UnitGroup], config: S2FTConfig, *, on_meta: bool
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Return the features of each module, and whether they are a placeholder.
-
-        They are where batches decide, and where a file that follows does.
-        """
+    def choose(self, groups: list[UnitGroup], config: S2FTConfig, *, on_meta: bool) -> Chosen:
+        """Return the features of each module; a placeholder where batches or a file decide."""
         plain = config.selection == "random" and not config.exclude
         if (config.from_file or on_meta) and not plain:
             slots = [slot for group in groups for slot in group.slots]
@@ -291,7 +215,7 @@ class S2FTModel(SparseTuner):
         choice = Choice(
             config.seed,
             largest=config.selection_order == "largest",
-            scores=weight_scores(groups, self._read) if config.selection == "weight" else None,
+            scores=weight_scores(groups, self.read) if config.selection == "weight" else None,
             excluded=excluded_features(config.exclude or []),
         )
         chosen = choose_features(groups, config.quotas(groups), choice)
@@ -300,18 +224,6 @@ class S2FTModel(SparseTuner):
             self.permuted.check(groups, chosen)
         return chosen, pending
 
-    def _read(self, module: str) -> Tensor:
-        """Return the (out, in) pre-trained weight of a module."""
-        layer = self.model.get_submodule(module)
-        base = unwrapped(layer)
-        if isinstance(layer, SparseLayer):
-            weight = layer.pretrained_weight()
-        elif layer_kind(base) is Kind.EXPERTS:
-            weight = expert_columns(base)
-        else:
-            weight = dequantize_module_weight(base)
-        return weight.detach().t() if layer_kind(base) is Kind.CONV1D else weight.detach()
-
     def calibration(self, adapter_name: str) -> Calibration | None:
         """Return the scores that the selection asks for."""
         config: S2FTConfig = self.peft_config[adapter_name]
@@ -319,16 +231,16 @@ class S2FTModel(SparseTuner):
             return None
         return UnitCalibration(
             self.model,
-            self._groups[adapter_name],
+            self.groups[adapter_name],
             config.selection,
             config.calibration_batches,
-            self._read,
+            self.read,
             partial(self._settle, adapter_name),
         )
 
     def _settle(self, adapter: str, scores: dict[str, Tensor]) -> None:
         """Choose the adapter's units by scores, in place of the placeholder."""
-        config, groups = self.peft_config[adapter], self._groups[adapter]
+        config, groups = self.peft_config[adapter], self.groups[adapter]
         choice = Choice(
             config.seed,
             largest=config.selection_order == "largest",
@@ -363,8 +275,7 @@ class S2FTModel(SparseTuner):
         layers = [layer for layer in self.model.modules() if isinstance(layer, SliceLinear)]
         fuse(layers, adapters, weights, adapter_name)
         carried = self.adapted_layers(adapter_name)
-        self.permuted.add(adapter_name, [])
-        self._groups[adapter_name] = []
+        self.set_groups(adapter_name, [], moved=False)
         self.peft_config[adapter_name] = replace(
             configs[0],
             roles=list(dict.fromkeys(role for config in configs for role in config.roles)),
@@ -380,18 +291,6 @@ class S2FTModel(SparseTuner):
             layout="index",
             exclude=None,
         )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is None:
-            yield
-            return
-        with self.permuted.paused(), super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.permuted.close()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
 _LEAST = 1e-12  # of units: one in each matrix
