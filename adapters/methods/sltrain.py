@@ -271,7 +271,8 @@ def _initial(config: SLTrainConfig, layer: SLTrainLinear, name: str, k: int) -> 
         if tensor.is_meta:
             return tensor
         # float32 whatever is trained, so that one seed gives one start
-        drawn = torch.empty(shape).uniform_(generator=seeded(config.seed, part, name))
+        seed = seeded(config.seed, part, name) if config.init_weights else None
+        drawn = torch.empty(shape).uniform_(generator=seed)
         return tensor.copy_(drawn.mul_(2).sub_(1).mul_(bound))
 
     def zeros(_: str, *shape: int) -> Tensor:
