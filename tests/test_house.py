@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/spiel.md", "docs/papers.md", "docs/benchmarks.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
 
 
 def tracked() -> list[Path]:
