@@ -226,8 +226,8 @@ def _start(
     a = torch.empty(r, layer.in_features, dtype=dtype)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     b = torch.zeros(layer.out_features, r, dtype=dtype)
-    if not config.init_weights:
-        nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
+    if not config.init_weights:  # not seeded: two adapters of one configuration shall differ
+        nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     if config.gate_init == "normal":
         return a, b, torch.randn(r, dtype=dtype, generator=generator)
     return a, b, torch.full((r,), float(config.gate_init), dtype=dtype)
