@@ -128,7 +128,7 @@ def sora_half(base: nn.Module) -> Case:
     """The same after half of the ranks have died and left."""
     case = adapted(base, sft.SoRAConfig(r=16, strength=1e-3))
     for layer in sparse_layers(case.model).values():
-        layer.compact("default", torch.arange(8))
+        layer.keep_ranks("default", torch.arange(8))
     return _with_proximal_step(case)
 
 
