@@ -155,7 +155,11 @@ def _single_features(model: nn.Module, group: CoupledGroup, members: list[Member
 
 def _slot(model: nn.Module, member: Member, table: Tensor) -> Slot:
     base = unwrapped(model.get_submodule(member.module))
-    assert layer_kind(base) is not None
+    if layer_kind(base) is None:
+        raise ValueError(
+            f"roles: got {member.role!r}, but {member.module!r} is a {type(base).__name__}, which "
+            "no layer can stand around; leave the role out, such as by roles=['o']"
+        )
     inputs, outputs = features(base)
     side = "out" if member.role in PRODUCERS else "in"
     line = inputs if side == "out" else outputs

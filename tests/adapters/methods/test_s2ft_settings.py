@@ -135,3 +135,15 @@ def test_settings_survive_a_file(s2ft, tmp_path) -> None:
     assert written["ratio"] == {"o": 0.25, "down": 0.125} and "from_file" not in written
     again = S2FTConfig.from_pretrained(tmp_path)
     assert again.from_file and again.roles == ["o", "down"] and again.seed == 4
+
+
+def test_experts_that_keep_a_forward_of_their_own_are_refused() -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    few = {"vocab_size": 16, "num_hidden_layers": 1, "num_local_experts": 2, "pad_token_id": 0}
+    base = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **few, bos_token_id=1))
+    with pytest.raises(ValueError, match=r"^roles: got 'down', .*Llama4TextExperts.*roles=\['o'\]"):
+        get_peft_model(base, S2FTConfig(ratio=0.5))
+    assert get_peft_model(base, S2FTConfig(ratio=0.5, roles=["o"])).base_model.groups
