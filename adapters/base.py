@@ -18,6 +18,8 @@ from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 
+Owners = dict[int, list[tuple[str, nn.Module]]]
+
 
 class SparseTuner(BaseTuner):  # type: ignore[misc]
     """A PEFT tuner whose layers train a sparse part of a frozen model.
@@ -103,7 +105,9 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
             ValueError: a target can't be adapted, shares its weight, or gets no weight to train.
         """
         self._targets: dict[str, SparseLayer] = {}
+        self._owners = owners_of_parameters(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._owners = {}
         config = self.peft_config[adapter_name]
         low_memory = kwargs.get("low_cpu_mem_usage", False)
         self.attach(adapter_name, config, self._targets, on_meta=low_memory)
@@ -125,7 +129,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if not isinstance(target, SparseLayer):
-            check_target(self.model, target, current_key, self.kinds)
+            check_target(target, current_key, self.kinds, self._owners)
             layer = self.new_layer(peft_config, target, current_key)
             self._replace_module(parent, target_name, layer, target)
             target = layer
@@ -203,7 +207,16 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         return mapped
 
 
-def check_target(model: nn.Module, target: nn.Module, name: str, kinds: Sequence[Kind]) -> None:
+def owners_of_parameters(model: nn.Module) -> Owners:
+    """Return by identity the names of each parameter and the modules that hold it."""
+    owners: Owners = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((f"{name}.{attribute}", module))
+    return owners
+
+
+def check_target(target: nn.Module, name: str, kinds: Sequence[Kind], owners: Owners) -> None:
     """Raise unless the module is of one of the kinds and has its weight for itself.
 
     Raises:
@@ -216,13 +229,7 @@ def check_target(model: nn.Module, target: nn.Module, name: str, kinds: Sequence
             f"target_modules: {name!r} is a {type(base).__name__}, allowed are {allowed}; "
             "leave it out or name it in modules_to_save"
         )
-    sharing = [
-        f"{owner}.{attribute}"
-        for owner, module in model.named_modules()
-        if module is not base
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if parameter is stored_weight(base)
-    ]
+    sharing = [owner for owner, module in owners[id(stored_weight(base))] if module is not base]
     if sharing:
         raise ValueError(
             f"target_modules: {name!r} shares its weight with {sharing[0]!r}, which would change "

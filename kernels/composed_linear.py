@@ -122,7 +122,7 @@ class _Composed(torch.autograd.Function):
             weight = compose_weight(a, b, values, scale, pattern, conv1d=ctx.conv1d, out=out)
             dx = grad @ (weight.t() if ctx.conv1d else weight)
         if needs[5]:
-            dbias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+            dbias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         if x is None:
             return dx, None, None, None, None, dbias, None, None
         dweight = _weight_gradient(ctx, x, grad, out)

@@ -122,7 +122,7 @@ class _ResidentLinear(torch.autograd.Function):
         if x is not None:
             dvalues = values_gradient(ctx, x, grad).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            dbias = grad.sum(dim=tuple(range(grad.dim() - 1)))
+            dbias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return dx, None, dbias, dvalues, None, None, None
 
 

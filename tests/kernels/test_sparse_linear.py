@@ -246,3 +246,13 @@ def test_backward_refuses_a_changed_weight(make_pattern, make_site, which) -> No
     site.stamp = 1
     with pytest.raises(RuntimeError, match="changed since this forward"):
         y.sum().backward()
+
+
+def test_one_token_without_leading_dimensions(make_pattern, make_site) -> None:
+    x, bias = torch.randn(6), torch.randn(5, requires_grad=True)
+    weight, values = torch.randn(5, 6), torch.zeros(4, requires_grad=True)
+    site = make_site(make_pattern(5, 6, 4))
+    y = resident_linear(x, weight, bias, values, site, conv1d=False)
+    upstream = torch.randn(5)
+    y.backward(upstream)
+    assert torch.equal(bias.grad, upstream)
