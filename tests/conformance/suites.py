@@ -33,8 +33,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sora": [{"r": 4, "alpha": 4}],
     "sltrain": [{"r": 4, "density": 0.1}],
 }
-# S2FT trains coupled units of attention and feed-forwards, which PEFT's toy models do not have.
-ANY_LAYER = [name for name in method_names() if name != "s2ft"]
+# On PEFT's toy models: small matrices, and no attention or feed-forward for S2FT to find.
+TOYS = SETTINGS | {
+    "spiel": [{"density": 0.5}, {"density": 0.5, "growth": "none"}],
+    "s2ft": [{"roles": ["any"], "ratio": 0.5}],
+    "sltrain": [{"r": 4, "density": 0.5}],
+}
 # Embeddings are targets of single weights alone.
 EMBEDDINGS = ["spiel"]
 
@@ -128,12 +132,12 @@ def _targets(name: str, targets: list[str] | None) -> dict[str, Any]:
 
 def custom(name: str) -> list[tuple[str, str, type, dict[str, Any]]]:
     """Return one method's cases over PEFT's toy models."""
-    owner, settings = config_class(name), SETTINGS[name][0]
+    owner, settings = config_class(name), TOYS[name][0]
     cases: list[tuple[str, str, Any, dict[str, Any]]] = [
         ("MLP 1", "MLP", "lin0", {}),
         ("MLP 2", "MLP", ["lin0"], {}),
         ("MLP 3", "MLP", ["lin1"], {}),
-        ("MLP 4", "MLP", ["lin0", "lin1"], SETTINGS[name][-1]),
+        ("MLP 4", "MLP", ["lin0", "lin1"], TOYS[name][-1]),
         ("MLP 5", "MLP", ["lin0"], {"modules_to_save": ["lin1"]}),
         ("Embedding + Conv1D 1", "EmbConv1D", ["conv1d"], {}),
     ]
@@ -145,23 +149,21 @@ def custom(name: str) -> list[tuple[str, str, type, dict[str, Any]]]:
             f"{name} {title}",
             model,
             owner,
-            {**settings, **_dense(settings), **more, "target_modules": t},
+            {**settings, **more, "target_modules": t},
         )
         for title, model, t, more in cases
     ]
-
-
-def _dense(settings: dict[str, Any]) -> dict[str, Any]:
-    """Toy matrices are small: half of their weights, where a share is asked for."""
-    return {"density": 0.5} if "density" in settings else {}
 
 
 TestPeftCustomModel = pointed(
     test_custom_models,
     "TestPeftCustomModel",
     {
-        "TEST_CASES": [case for name in ANY_LAYER for case in custom(name)],
-        "ALL_PEFT_CONFIG_CLASSES": [config_class(name) for name in ANY_LAYER],
+        "TEST_CASES": [case for name in method_names() for case in custom(name)],
+        # these tests name toy modules and nothing else, of which S2FT asks what role they play
+        "ALL_PEFT_CONFIG_CLASSES": [
+            config_class(name) for name in method_names() if name != "s2ft"
+        ],
     },
 )
 
@@ -174,17 +176,9 @@ TestMultipleActiveAdapters = pointed(
                 f"{title} {name}",
                 name,
                 config_class(name),
-                *(
-                    {
-                        **SETTINGS[name][0],
-                        **_dense(SETTINGS[name][0]),
-                        "target_modules": [t],
-                        "init_weights": False,
-                    }
-                    for t in targets
-                ),
+                *({**TOYS[name][0], "target_modules": [t], "init_weights": False} for t in targets),
             )
-            for name in ANY_LAYER
+            for name in method_names()
             for title, targets in {"Same": ("lin0", "lin0"), "Different": ("lin0", "lin1")}.items()
         ]
     },
