@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import sft
+from sft.adapters.deltas.window import Window
 from sft.adapters.layer import sparse_layers
 from sft.adapters.resident import enter_resident, sync_resident
-from sft.adapters.window import Window
 from sft.optim.adamw import SparseAdamW
 from sft.optim.prox import attach
 

@@ -23,20 +23,20 @@ from sft.adapters.calibration import Calibration
 from sft.adapters.config import OPTIMIZERS, is_whole, require
 from sft.adapters.registry import register_all
 from sft.adapters.select import ORDERS
-from sft.adapters.slice_fusion import fuse
-from sft.adapters.slice_layer import SliceLinear
-from sft.adapters.slice_targets import excluded_features, target_groups
-from sft.adapters.slice_tuner import Chosen, SliceTuner
-from sft.adapters.unit_budget import ALLOCATIONS, Quota, by_ratio, by_weights
-from sft.adapters.unit_calibration import UnitCalibration
-from sft.adapters.unit_selection import (
+from sft.adapters.slices.budget import ALLOCATIONS, Quota, by_ratio, by_weights
+from sft.adapters.slices.calibration import UnitCalibration
+from sft.adapters.slices.fusion import fuse
+from sft.adapters.slices.layer import SliceLinear
+from sft.adapters.slices.selection import (
     CALIBRATED,
     SELECTIONS,
     Choice,
     choose_features,
     weight_scores,
 )
-from sft.adapters.units import ATTENTION_UNITS, CONSUMERS, LOOSE, ROLES, UnitGroup
+from sft.adapters.slices.targets import excluded_features, target_groups
+from sft.adapters.slices.tuner import Chosen, SliceTuner
+from sft.adapters.slices.units import ATTENTION_UNITS, CONSUMERS, LOOSE, ROLES, UnitGroup
 
 DEFAULT_DENSITY = 0.02
 LAYOUTS = ("index", "permuted")

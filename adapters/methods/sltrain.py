@@ -25,11 +25,11 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import allocate
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import SparseConfig, is_whole, require
+from sft.adapters.deltas.calibration import ScoreCalibration
 from sft.adapters.layer import SparseLayer, sparse_layers
-from sft.adapters.score_calibration import ScoreCalibration
+from sft.adapters.low_rank_sparse.layer import Settings, SLTrainLinear
+from sft.adapters.low_rank_sparse.whole import SLTrainWholeLinear
 from sft.adapters.select import candidates_of, seeded, strategy
-from sft.adapters.sltrain_layer import Settings, SLTrainLinear
-from sft.adapters.sltrain_whole import SLTrainWholeLinear
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class SLTrainConfig(SparseConfig):
         require("r", self.r, is_whole(self.r) and self.r >= 1, "a whole number of at least 1")
         number = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
         require("alpha", self.alpha, number and self.alpha != 0, "a number other than 0")
+        none = not self.reference
+        require("reference", self.reference, none, "false: there is no other way of SLTrain here")
         require("kernel", self.kernel, self.kernel in KERNELS, ", ".join(KERNELS))
         store = self.store_indices
         fits = store == "auto" or store is True or (store is False and self.selection == "random")

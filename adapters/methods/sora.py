@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from sft.adapters.base import SparseTuner
 from sft.adapters.config import is_whole, require
 from sft.adapters.dynamics import Dynamics, Penalty
-from sft.adapters.gated_layer import GatedLinear
+from sft.adapters.gates.layer import GatedLinear
+from sft.adapters.gates.ranks import RankDynamics
+from sft.adapters.gates.stages import stage_ends, strengths_between
 from sft.adapters.layer import SparseLayer
-from sft.adapters.ranks import RankDynamics
 from sft.adapters.registry import register_all
 from sft.adapters.select import seeded
-from sft.adapters.stages import stage_ends, strengths_between
 
 RULES = ("soft", "reference")
 THRESHOLDS = ("lr", "absolute")

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sft.adapters.config import SparseConfig, require
-from sft.adapters.delta_layer import DeltaLayer
-from sft.adapters.delta_tuner import DeltaTuner
+from sft.adapters.deltas.layer import DeltaLayer
+from sft.adapters.deltas.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
+from sft.adapters.deltas.schedule import Schedule
+from sft.adapters.deltas.tuner import DeltaTuner
+from sft.adapters.deltas.window import Window
 from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
-from sft.adapters.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
-from sft.adapters.schedule import Schedule
 from sft.adapters.select import seeded
-from sft.adapters.window import Window
 
 GROWTHS = ("gradient", "momentum", "none")
 POOLS = ("micro_batch", "update")

@@ -87,7 +87,7 @@ def make_layer() -> Callable[..., Any]:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        from sft.adapters.delta_layer import DeltaLayer
+        from sft.adapters.deltas.layer import DeltaLayer
 
         torch.manual_seed(7)
         if kind == "linear":

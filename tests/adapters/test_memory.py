@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sft.adapters.delta_layer import DeltaLayer
-from sft.adapters.window import Window
+from sft.adapters.deltas.layer import DeltaLayer
+from sft.adapters.deltas.window import Window
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
 

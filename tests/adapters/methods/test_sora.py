@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sft import SoRAConfig
-from sft.adapters.gated_layer import GatedLinear
+from sft.adapters.gates.layer import GatedLinear
 from sft.kernels.gated_linear import gated_linear_reference
 from sft.optim.adamw import SparseAdamW
 from sft.optim.move import move_state

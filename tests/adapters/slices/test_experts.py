@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import sft
-from sft.adapters.expert_layer import SliceExperts
+from sft.adapters.slices.experts import SliceExperts
 
 TINY = {
     "vocab_size": 48,

@@ -12,10 +12,10 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import allocate, allocate_reference
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import SparseConfig
-from sft.adapters.delta_layer import DeltaLayer, DeltaLinear
+from sft.adapters.deltas.calibration import ScoreCalibration
+from sft.adapters.deltas.layer import DeltaLayer, DeltaLinear
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer, sparse_layers
-from sft.adapters.score_calibration import ScoreCalibration
 from sft.adapters.select import candidates_of, strategy
 
 

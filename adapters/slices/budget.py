@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sft.adapters.budget import Budget
-from sft.adapters.units import Slot
+from sft.adapters.slices.units import Slot
 
 ALLOCATIONS = ("uniform", "pooled")
 Ratio = float | Mapping[str, float]

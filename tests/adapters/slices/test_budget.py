@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sft.adapters.budget import Budget
-from sft.adapters.unit_budget import by_ratio, by_weights
-from sft.adapters.units import Slot
+from sft.adapters.slices.budget import by_ratio, by_weights
+from sft.adapters.slices.units import Slot
 
 
 def slots(layers=4, o=32, down=64, hidden=32, head=1):
@@ -102,7 +102,7 @@ def pooled(sizes, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sft import S2FTConfig
-    from sft.adapters.slice_targets import target_groups
+    from sft.adapters.slices.targets import target_groups
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))

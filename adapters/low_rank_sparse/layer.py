@@ -8,11 +8,11 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from sft.adapters.deltas.site import DeltaSite
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Residence
-from sft.adapters.site import DeltaSite
 from sft.adapters.support import (
     as_indices,
     check_base,

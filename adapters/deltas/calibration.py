@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sft.adapters.config import SparseConfig
-from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.deltas.layer import DeltaLayer
 from sft.adapters.select import Strategy, candidates_of, strategy
 from sft.kernels.outer import Outer
 from sft.kernels.outer_at import rows_per_block

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft.adapters.window import Window
+from sft.adapters.deltas.window import Window
 from sft.kernels.outer import DenseOuter
 from sft.kernels.pattern import Pattern
 from sft.kernels.topk import top_k_reference

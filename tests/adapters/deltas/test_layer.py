@@ -8,7 +8,7 @@ from torch import nn
 
 import sft
 from sft import SpielConfig
-from sft.adapters.delta_layer import DeltaLayer
+from sft.adapters.deltas.layer import DeltaLayer
 from sft.adapters.layer import sparse_layers
 
 KINDS = ["linear", "conv1d", "embedding"]

@@ -12,13 +12,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from sft.adapters.base import SparseTuner
-from sft.adapters.expert_layer import SliceExperts, expert_columns
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer
-from sft.adapters.permuted import PermutedUnits
-from sft.adapters.slice_layer import SliceLinear
+from sft.adapters.slices.experts import SliceExperts, expert_columns
+from sft.adapters.slices.layer import SliceLinear
+from sft.adapters.slices.permuted import PermutedUnits
+from sft.adapters.slices.units import UnitGroup
 from sft.adapters.structure.layout import unwrapped
-from sft.adapters.units import UnitGroup
 
 Chosen = tuple[dict[str, Tensor], bool]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
-from sft.adapters.permuted import PermutedUnits
 from sft.adapters.region import Lines, Region
 from sft.adapters.residency import Residence
-from sft.adapters.slice_site import SliceSite
+from sft.adapters.slices.permuted import PermutedUnits
+from sft.adapters.slices.site import SliceSite
 from sft.adapters.support import check_base, check_indices, check_values
 from sft.kernels.lines import write_lines_
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sft.adapters.unit_selection import column_norms
-from sft.adapters.units import UnitGroup
+from sft.adapters.slices.selection import column_norms
+from sft.adapters.slices.units import UnitGroup
 from sft.kernels.outer_at import rows_per_block
 
 SHARE = 0.01  # of the training batches, as in S2FT's paper (arXiv 2412.06289)

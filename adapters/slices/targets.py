@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sft.adapters.geometry import Kind, layer_kind
+from sft.adapters.slices.units import LOOSE, UnitGroup, loose_group, unit_groups
 from sft.adapters.structure.find import coupled_groups
 from sft.adapters.structure.groups import CoupledGroup
 from sft.adapters.structure.layout import unwrapped
-from sft.adapters.units import LOOSE, UnitGroup, loose_group, unit_groups
 
 
 def target_groups(model: nn.Module, config: Any) -> list[UnitGroup]:

@@ -18,9 +18,9 @@ from sft.adapters.structure.permute import front_order, inverse
 from sft.adapters.structure.reorder import reorder_
 
 if TYPE_CHECKING:
-    from sft.adapters.slice_layer import SliceLinear
+    from sft.adapters.slices.layer import SliceLinear
+    from sft.adapters.slices.units import Slot, UnitGroup
     from sft.adapters.structure.groups import CoupledGroup
-    from sft.adapters.units import Slot, UnitGroup
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from sft.adapters.low_rank_sparse.layer import SLTrainLinear
 from sft.adapters.residency import Residence
-from sft.adapters.sltrain_layer import SLTrainLinear
 
 
 class SLTrainWholeLinear(SLTrainLinear):

@@ -9,7 +9,7 @@ from torch import Tensor
 from sft.adapters.region import Region
 
 if TYPE_CHECKING:
-    from sft.adapters.slice_layer import SliceLinear
+    from sft.adapters.slices.layer import SliceLinear
 
 
 class SliceSite:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from sft.adapters.gates.resize import resize_
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import obstacle
-from sft.adapters.resize import resize_
 from sft.adapters.support import check_base, fingerprint
 from sft.kernels.gated_linear import gated_delta, gated_linear
 

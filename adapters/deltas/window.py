@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sft.adapters.site import DeltaSite
+from sft.adapters.deltas.site import DeltaSite
 from sft.adapters.support import as_indices
 from sft.kernels.outer import Outer
 from sft.kernels.outer_at import rows_per_block

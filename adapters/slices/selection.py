@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sft.adapters.select import seeded
-from sft.adapters.unit_budget import Quota
-from sft.adapters.units import Slot, UnitGroup
+from sft.adapters.slices.budget import Quota
+from sft.adapters.slices.units import Slot, UnitGroup
 
 CALIBRATED = ("activation", "product", "gradient")
 SELECTIONS = ("random", "weight", *CALIBRATED)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sft.adapters.resize import resize_
+from sft.adapters.gates.resize import resize_
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

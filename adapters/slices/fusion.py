@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from sft.adapters.slice_layer import SliceLinear
+from sft.adapters.slices.layer import SliceLinear
 
 
 def fuse(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sft.adapters.stages import stage_ends, stage_of, strengths_between
+from sft.adapters.gates.stages import stage_ends, stage_of, strengths_between
 
 
 def test_s10_strengths_follow_their_path() -> None:

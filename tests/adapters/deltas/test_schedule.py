@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sft import SpielConfig
-from sft.adapters.schedule import Schedule
+from sft.adapters.deltas.schedule import Schedule
 
 
 def schedule(**changes) -> Schedule:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.adapters.permuted import PermutedUnits
 from sft.adapters.region import ExpertLines, Region
-from sft.adapters.slice_layer import SliceLinear
-from sft.adapters.slice_site import SliceSite
+from sft.adapters.slices.layer import SliceLinear
+from sft.adapters.slices.permuted import PermutedUnits
+from sft.adapters.slices.site import SliceSite
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear
 from sft.kernels.sparse_linear import linear
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sft.adapters.permuted import PermutedUnits
-from sft.adapters.slice_layer import SliceLinear
+from sft.adapters.slices.layer import SliceLinear
+from sft.adapters.slices.permuted import PermutedUnits
 
 FEATURES = torch.tensor([0, 2, 3])
 

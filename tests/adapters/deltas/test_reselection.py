@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sft.adapters.reselection import drop_and_grow, drop_and_grow_by_product
+from sft.adapters.deltas.reselection import drop_and_grow, drop_and_grow_by_product
 
 
 def by_gradient(indices, values, candidates, scores, n) -> dict[int, tuple[str, int]]:

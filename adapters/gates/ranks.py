@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sft.adapters.dynamics import Accumulators, Penalty, SupportChange
-from sft.adapters.gated_layer import RANK_DIM, GatedLinear
-from sft.adapters.stages import stage_of
+from sft.adapters.gates.layer import RANK_DIM, GatedLinear
+from sft.adapters.gates.stages import stage_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sft.adapters.unit_budget import Quota
-from sft.adapters.unit_calibration import UnitCalibration
-from sft.adapters.unit_selection import Choice, choose_units, rank, unit_scores, weight_scores
-from sft.adapters.units import Slot, UnitGroup
+from sft.adapters.slices.budget import Quota
+from sft.adapters.slices.calibration import UnitCalibration
+from sft.adapters.slices.selection import Choice, choose_units, rank, unit_scores, weight_scores
+from sft.adapters.slices.units import Slot, UnitGroup
 
 
 def group(name="ffn", units=6, size=1, slots=("down",), shared=None):
