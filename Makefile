@@ -39,8 +39,9 @@ types: env  ## mypy --strict
 conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
 	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
 
-bench: env  ## run the benchmarks (about 20 minutes) and write docs/benchmarks.md
+bench: env  ## run the benchmarks (about 35 minutes) and write docs/benchmarks.md
 	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
+	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
 	@$(PHASE) step $(BIN)/python benchmarks/step.py --profile
 	@$(PHASE) switching $(BIN)/python benchmarks/switching.py
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py

@@ -124,6 +124,30 @@ def quickstart_section(result: dict[str, Any]) -> str:
     )
 
 
+def recipes_section(result: dict[str, Any]) -> str:
+    """Describe `benchmarks/recipes.py`."""
+    rows = [
+        "## The other recipes\n",
+        "`python benchmarks/recipes.py`: each shipped recipe once, whole. Same data and held-out "
+        f"words as the quickstart; {_machine(result)}.\n",
+        "| recipe | trained | steps | phoneme error rate | exact match | nll "
+        "| logits moved by merging | training |",
+        "|---" * 8 + "|",
+    ]
+    for name, run in result["recipes"].items():
+        before, after = run["before"], run["after"]
+        change = " | ".join(
+            f"{before[key]:.2f} → {after[key]:.2f}"
+            for key in ("token_error_rate", "exact_match", "nll")
+        )
+        share = run["trained_weights"] / run["all_weights"]
+        rows.append(
+            f"| `{name}` | {run['trained_weights']:,} ({share:.2%}) | {run['steps']} | {change} "
+            f"| {run['max_logit_difference']:.1g} | {run['seconds']['train']:.0f} s |"
+        )
+    return "\n".join([*rows, ""])
+
+
 def switching_section(result: dict[str, Any]) -> str:
     """Describe `benchmarks/switching.py`."""
     switch, left = result["switch_cpu_seconds"], result["share_of_weights_left_different"]
@@ -155,6 +179,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 SECTIONS = {
     "quickstart": quickstart_section,
+    "recipes": recipes_section,
     "step": step_section,
     "switching": switching_section,
     "crossover": crossover_section,

@@ -103,14 +103,11 @@ def floor(base: nn.Module) -> Case:
 
 
 def adapted(base: nn.Module, config: Any) -> Case:
-    """Resident weights, and the optimizer that suits the method."""
+    """Adapted, with resident weights and fused AdamW."""
     model = get_peft_model(base, config)
     enter_resident(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if config.suited_optimizer == "trainer":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    else:
-        optimizer = SparseAdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     return Case(model, optimizer, after=lambda: sync_resident(model))
 
 
@@ -151,7 +148,9 @@ def sltrain_finetune(base: nn.Module) -> Case:
 
 def spiel(base: nn.Module) -> Case:
     """SpIEL between windows: density 0.5% of the same layers, resident, sparse AdamW."""
-    return adapted(base, sft.SpielConfig(density=0.005, target_modules="all-linear"))
+    case = adapted(base, sft.SpielConfig(density=0.005, target_modules="all-linear"))
+    case.optimizer = SparseAdamW([p for p in case.model.parameters() if p.requires_grad], lr=1e-4)
+    return case
 
 
 def spiel_aside(base: nn.Module) -> Case:

@@ -31,6 +31,21 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_runs_on_the_real_model(name, tmp_path) -> None:
+    pytest.importorskip("gguf")
+    from sft.recipe import load_recipe
+    from sft.run import train_from_recipe
+
+    settings = ["evaluation.num_examples=4", "evaluation.metrics=[nll]", "training.max_steps=3"]
+    recipe = load_recipe(name, [*settings, f"training.output_dir={tmp_path / 'run'}"])
+    run = train_from_recipe(recipe)
+    assert run.after["nll"] < run.before["nll"]
+    assert run.max_logit_difference is not None
+    assert (tmp_path / "run/merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_the_quickstart_learns_and_exports_what_it_trained(run) -> None:
     assert run.after["nll"] < 0.75 * run.before["nll"]
     assert run.max_logit_difference == 0

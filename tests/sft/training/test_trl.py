@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
+
+from sft.adapters.registry import config_class, method_names
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -126,3 +130,23 @@ def test_preferences_train_too(lab, assert_equal, tiny_tokenizer, trl_arguments)
     assert losses[-1] < losses[0]
     assert sorted(trainer.sparse_callback.replaced) == [2, 6]
     assert_equal(lab.weights(trainer.model), pristine)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_goes_through_trls_peft_config(lab, sft_trainer, method):
+    from trl import SFTTrainer
+
+    from sft import SparseTrainingMixin
+
+    class SparseSFT(SparseTrainingMixin, SFTTrainer):
+        pass
+
+    owner = config_class(method)
+    shared = {"density": 0.1} if "density" in {f.name for f in fields(owner)} else {}
+    config = owner(task_type="CAUSAL_LM", **shared)
+    trainer = sft_trainer("run", SparseSFT, trainer={"peft_config": config}, max_steps=4)
+    trainer.train()
+    prefix = trainer.model.base_model.prefix
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all(f".{prefix}" in name for name in trained)
+    assert any(p.any() for name, p in trainer.model.named_parameters() if name in trained)
