@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -48,7 +48,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
         raise ValueError(
             f"calibration: adapter {adapter!r} is trained already; a new support would undo it"
         )
-    wanted = calibration.num_batches(len(batches) if isinstance(batches, Sized) else None)
+    wanted = calibration.num_batches(_length(batches))
     training = model.training
     model.eval()
     calibration.open()
@@ -60,6 +60,14 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
         model.zero_grad(set_to_none=True)
     calibration.choose(count)
     return count
+
+
+def _length(batches: Any) -> int | None:
+    """Return how many there are, or None: a loader of a stream has a length only by its looks."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibration) -> int:

@@ -178,3 +178,13 @@ def test_calibration_names_a_layer_that_got_no_gradient(spiel, llama, batch) -> 
     model = spiel(base, target_modules=["q_proj", "unused"], selection="gradient")
     with pytest.raises(ValueError, match="calibration: 'unused' got no gradient"):
         sft.calibrate(model, [batch])
+
+
+def test_a_stream_of_unknown_length_calibrates(spiel, batch) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([batch] * 20)
+
+    model = spiel(target_modules=["q_proj"], selection="gradient", calibration_batches=3)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert sft.calibrate(model, loader) == 3
