@@ -38,7 +38,7 @@ def check_mergeable(weight: Tensor) -> None:
             f"merge: the base weight of shape {tuple(weight.shape)} is not contiguous; "
             "make it so with weight.data = weight.data.contiguous()"
         )
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() < 2:  # 8-bit floats have scales
         raise ValueError(
             f"merge: the base weight is {weight.dtype} (quantised), merging would round "
             "deltas away; load the base in 16 or 32 bit, then merge"

@@ -144,6 +144,16 @@ def test_a_quantised_merge_is_refused() -> None:
     assert (layer.get_base_layer().weight == 1).all() and not layer.merged
 
 
+def test_a_merge_into_8_bit_floats_is_refused() -> None:
+    """Their scales lie beside them, and a delta would have to be divided by these."""
+    base = nn.Linear(6, 5)
+    base.weight = nn.Parameter(torch.ones(5, 6).to(torch.float8_e4m3fn), requires_grad=False)
+    layer = DeltaLayer(base)
+    layer.add_adapter("default", torch.tensor([1, 4]), torch.ones(2))
+    with pytest.raises(ValueError, match=r"merge: the base weight is torch\.float8_e4m3fn \(quan"):
+        layer.merge()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dense_delta(make_layer, kind) -> None:
     layer = make_layer(kind)
