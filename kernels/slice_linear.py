@@ -47,7 +47,7 @@ def resident_slice_linear(
         dP = x[:, idx]^T g  (s, out)  side "in":  saves the s inputs it needs, a copy of T*s entries
         dP = g[:, idx]^T x  (s, in)   side "out": saves x
 
-    and no gradient of W. Nothing of x is saved when the values need no gradient.
+    and no gradient of W. Nothing of x is saved when the values need no gradient, or under no_grad.
 
     Args:
         x: (..., in), any float dtype.
@@ -66,6 +66,9 @@ def resident_slice_linear(
     Yang et al., S2FT, arXiv 2412.06289. Their released code saves all of x.
     """
     x, bias = as_autocast(x), as_autocast(bias)
+    if not torch.is_grad_enabled():
+        # a function can't tell in its forward, and would copy its part of x for nothing
+        return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
     y: Tensor = _ResidentSlice.apply(x, weight, bias, values, site, conv1d)  # type: ignore[no-untyped-call]
     return y
 

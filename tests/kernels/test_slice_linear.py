@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
+from sft.kernels import slice_linear as kernel
 from sft.kernels.lines import write_lines_
 from sft.kernels.slice_linear import (
     resident_slice_linear,
@@ -186,6 +187,20 @@ def test_s2ft_fact07_the_gauge_sees_a_view_for_what_it_keeps() -> None:
     x = torch.randn(8, IN)
     values = torch.randn(3, OUT, requires_grad=True)
     assert saved_bytes(lambda: x[:, 1:4] @ values, values) == 8 * IN * 4
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_without_gradients_nothing_is_copied(conv1d, monkeypatch) -> None:
+    """Also in the first pass of a block that is checkpointed."""
+    site = spot("in", SCATTERED)
+    x, weight, b, values = operands((2, 4, IN), True, site)
+    values.requires_grad_()
+    stored = weight.t().contiguous() if conv1d else weight
+    expected = resident_slice_linear(x, stored, b, values, site, conv1d=conv1d)
+    monkeypatch.setattr(kernel, "select", None)
+    with torch.no_grad():
+        y = resident_slice_linear(x, stored, b, values, site, conv1d=conv1d)
+    assert torch.equal(y, expected)
 
 
 def test_select_never_returns_a_view() -> None:
