@@ -13,16 +13,29 @@ from transformers.utils import logging
 
 from sft.adapters.structure.small import small_config
 
+MOST_PARAMETERS = 20_000_000  # of a copy that is still small: a check must not fill the memory
+
 # What a model's output may call the tensor that everything flows into.
 OUTPUTS = ("logits", "logits_per_text", "prediction_logits", "last_hidden_state")
 
 
 def small_model(model: nn.Module) -> nn.Module:
-    """Return a small fp32 model of the same class in eval mode, with random parameters."""
+    """Return a small fp32 model of the same class in eval mode, with random parameters.
+
+    Raises:
+        ValueError: it has no configuration, or one that cannot be made small.
+    """
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError("it has no configuration")
-    small: nn.Module = type(model)(small_config(config)).float().eval()
+    build, shrunk = type(model), small_config(config)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build(shrunk).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"its configuration has sizes of its own, which leave {count:,} parameters"
+        )
+    small: nn.Module = build(shrunk).float().eval()
     randomise_(small)
     return small
 

@@ -238,3 +238,17 @@ def test_a_layer_that_breaks_the_small_model_is_a_reason() -> None:
             raise RuntimeError("needs a camera")
 
     assert "needs a camera" in (self_check(Failing(ToyConfig())) or "")
+
+
+def test_a_configuration_that_stays_large_is_not_built() -> None:
+    """Sizes under names that are not known here stay as they are: a copy would fill the memory."""
+
+    class Wide(Toy):
+        def __init__(self, config: ToyConfig) -> None:
+            super().__init__(config)
+            self.wide = nn.Linear(4096, 8192)
+
+    with torch.device("meta"):
+        model = Wide(ToyConfig())
+    assert "sizes of its own" in (self_check(model) or "")
+    assert not any(group.permutable for group in coupled_groups(model))
