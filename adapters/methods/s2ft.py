@@ -114,6 +114,8 @@ class S2FTConfig(PeftConfig):  # type: ignore[misc]
         batches = self.calibration_batches
         enough = batches is None or (is_whole(batches) and batches >= 1)
         require("calibration_batches", batches, enough, "a whole number of at least 1")
+        folders = self.exclude is None or _is_list(self.exclude)
+        require("exclude", self.exclude, folders, "a list of folders of saved adapters")
         self._check_roles()
         self._check_budget()
 
@@ -127,7 +129,7 @@ class S2FTConfig(PeftConfig):  # type: ignore[misc]
     def _check_roles(self) -> None:
         if self.roles is None:
             self.roles = list(self.ratio if isinstance(self.ratio, dict) else CONSUMERS)
-        ok = bool(self.roles) and set(self.roles) <= set(ROLES)
+        ok = _is_list(self.roles) and bool(self.roles) and set(self.roles) <= set(ROLES)
         require("roles", self.roles, ok, f"a list of {', '.join(ROLES)}")
         if isinstance(self.ratio, dict):
             same = set(self.ratio) == set(self.roles)
@@ -236,6 +238,7 @@ class S2FTModel(SliceTuner):
             config.calibration_batches,
             self.read,
             partial(self._settle, adapter_name),
+            self.permuted.paused,
         )
 
     def _settle(self, adapter: str, scores: dict[str, Tensor]) -> None:
@@ -265,13 +268,17 @@ class S2FTModel(SliceTuner):
             adapter_name: the new one; activate it with `set_adapter`.
 
         Raises:
-            ValueError: a name is unknown or taken, or the numbers of both lists differ.
+            ValueError: a name is unknown or taken, the numbers of both lists differ, or an adapter
+                has modules_to_save, which cannot be summed.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         require("adapters", adapters, bool(adapters) and not unknown, ", ".join(self.peft_config))
         require("weights", weights, len(weights) == len(adapters), "one factor for each adapter")
         require("adapter_name", adapter_name, adapter_name not in self.peft_config, "a new name")
         configs = [self.peft_config[name] for name in adapters]
+        dense = {name for config in configs for name in config.modules_to_save or ()}
+        allowed = "none: modules trained densely have no sum; add adapters without them"
+        require("modules_to_save", sorted(dense), not dense, allowed)
         layers = [layer for layer in self.model.modules() if isinstance(layer, SliceLinear)]
         fuse(layers, adapters, weights, adapter_name)
         carried = self.adapted_layers(adapter_name)
@@ -294,6 +301,11 @@ class S2FTModel(SliceTuner):
 
 
 _LEAST = 1e-12  # of units: one in each matrix
+
+
+def _is_list(value: object) -> bool:
+    """Tell lists from a string, which would pass for one of its letters."""
+    return isinstance(value, (list, tuple))
 
 
 def _check_experts(config: S2FTConfig, groups: Iterable[UnitGroup]) -> None:

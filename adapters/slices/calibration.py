@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class UnitCalibration:
         num_batches: how many batches are read; None for 1 % of them.
         read: returns the (out, in) weight of a module.
         settle: takes the scores by group name, and chooses.
+        own_order: keeps the model in its own order for a block: features are counted in it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class UnitCalibration:
         num_batches: int | None,
         read: Callable[[str], Tensor],
         settle: Callable[[dict[str, Tensor]], None],
+        own_order: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.backward = selection == "gradient"
         self._model, self._groups, self._selection = model, groups, selection
@@ -52,6 +55,7 @@ class UnitCalibration:
         self._split = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self._masks = Masks({}, split=self._split)
         self._handles: list[RemovableHandle] = []
+        self._own_order, self._held = own_order, ExitStack()
 
     def num_batches(self, available: int | None) -> int:
         """Return the configured number, or 1 % of what there is."""
@@ -61,6 +65,7 @@ class UnitCalibration:
 
     def open(self) -> None:
         """Listen to the consumers."""
+        self._held.enter_context(self._own_order())
         for consumer in dict.fromkeys(group.consumer for group in self._groups):
             module = self._model.get_submodule(consumer)
             self._handles.append(module.register_forward_hook(self._hook(consumer)))
@@ -74,6 +79,7 @@ class UnitCalibration:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._held.close()
 
     def choose(self, count: int) -> None:
         """Choose by the scores."""

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.slices.units import LOOSE, UnitGroup, loose_group, unit_groups
@@ -99,12 +100,15 @@ def _narrowed(groups: Sequence[UnitGroup], names: Iterable[str]) -> Iterator[Uni
 def _loose(name: str, module: nn.Module, config: Any, coupled: Sequence[CoupledGroup]) -> UnitGroup:
     base = unwrapped(module)
     linear = layer_kind(base) in (Kind.LINEAR, Kind.CONV1D)
+    bypassed = isinstance(base, NonDynamicallyQuantizableLinear)
     parts = [(m.role, g.name) for g in coupled for m in g.members if m.module == name]
     if parts:
         role, group = parts[0]
         reason = f"the {role!r} of {group!r}, and roles is {config.roles}; add {role!r} to roles"
     elif not linear:
         reason = f"a {type(base).__name__}; allowed are nn.Linear and transformers' Conv1D"
+    elif bypassed:
+        reason = "never called by its nn.MultiheadAttention, so it would not train; leave it out"
     elif LOOSE not in config.roles:
         reason = (
             "a matrix of no attention or feed-forward structure that is known here; leave it out, "

@@ -65,6 +65,7 @@ class SliceTuner(SparseTuner):
         config = self.peft_config[adapter_name]
         # whatever is refused is refused before a module is wrapped
         groups = self.find(config, model)
+        _check_sides(model, groups)
         on_meta = kwargs.get("low_cpu_mem_usage", False)
         self._chosen = self.choose(groups, config, on_meta=on_meta)
         self._sides = {slot.module: slot.side for group in groups for slot in group.slots}
@@ -139,3 +140,16 @@ class SliceTuner(SparseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         self.permuted.close()
         return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def _check_sides(model: nn.Module, groups: Sequence[UnitGroup]) -> None:
+    """Raise if an adapter that is there trains the other side of a matrix."""
+    for slot in (slot for group in groups for slot in group.slots):
+        layer = model.get_submodule(slot.module)
+        if isinstance(layer, SliceLinear) and layer.side != slot.side:
+            words = {"in": "input", "out": "output"}
+            raise ValueError(
+                f"roles: got {slot.role!r}, which trains {words[slot.side]} features of "
+                f"{slot.module!r}, where another adapter trains {words[layer.side]} features; "
+                "leave the module out, or use a model of its own"
+            )

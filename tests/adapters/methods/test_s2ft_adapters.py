@@ -164,6 +164,14 @@ def test_sums_that_make_no_sense(trained, arguments, message) -> None:
         trained.add_weighted_adapter(*arguments)
 
 
+def test_modules_trained_densely_have_no_sum(s2ft) -> None:
+    """A sum without them would be read by the untrained module."""
+    model = s2ft(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"^modules_to_save: got \['lm_head'\], allowed is none"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("roles", [["o", "down"], EVERY])
 def test_s2ft_fact16_a_mixed_batch_is_each_adapters_own_forward(
     s2ft, llama, batch, randomize, roles

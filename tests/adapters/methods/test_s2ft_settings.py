@@ -40,6 +40,8 @@ from sft import S2FTConfig
         ({"layout": "permuted", "attention_unit": "channels"}, r"^layout: got 'permuted', allowed"),
         ({"layout": "permuted", "roles": ["any"], "target_modules": ["x"]}, r"^layout: got 'per"),
         ({"roles": ["any"]}, r"^target_modules: got None, allowed is names of modules"),
+        ({"roles": "qkv"}, r"^roles: got 'qkv', allowed is a list of q, k, v"),
+        ({"exclude": "runs/first"}, r"^exclude: got 'runs/first', allowed is a list of folders"),
         ({"optimizer": "adam"}, r"^optimizer: got 'adam', allowed is "),
     ],
 )
@@ -110,6 +112,23 @@ def test_any_takes_input_features_of_whatever_is_named() -> None:
     layer = model.base_model.adapted_layers("default")["0"]
     assert (layer.side, tuple(layer.s2ft_values["default"].shape)) == ("in", (3, 4))
     assert torch.equal(model(x), expected)
+
+
+def test_a_matrix_that_its_module_never_calls_is_refused() -> None:
+    """nn.MultiheadAttention multiplies by its out_proj's weight past the layer around it."""
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    config = S2FTConfig(roles=["any"], target_modules=["out_proj"], ratio=0.5)
+    with pytest.raises(ValueError, match=r"^target_modules: 'attention.out_proj' is never called"):
+        get_peft_model(base, config)
+
+
+def test_the_other_side_of_a_matrix_is_refused(s2ft, same) -> None:
+    model = s2ft(roles=["any"], target_modules=["k_proj"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^roles: got 'k', which trains output features of .*k_p"):
+        model.add_adapter("second", S2FTConfig(task_type="CAUSAL_LM", roles=["k"], ratio=0.1))
+    assert list(model.peft_config) == ["default"]
+    assert same(dict(model.state_dict()), before)
 
 
 def test_exclude_modules_narrows_the_roles(s2ft, slices) -> None:

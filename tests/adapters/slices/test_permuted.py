@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -200,4 +201,21 @@ def test_calibration_sees_the_models_own_order(build, batch) -> None:
             sft.calibrate(model, [batch])
         layers = model.base_model.adapted_layers("default").values()
         found.append([layer.s2ft_indices["default"].tolist() for layer in layers])
+    assert found[0] == found[1]
+
+
+def test_calibration_beside_a_permuted_adapter_sees_that_order_too(build, batch) -> None:
+    """The order that an active adapter brings about is not the one that features are counted in."""
+    found = []
+    settings = {"ratio": {"down": 0.3}, "selection": "activation", "calibration_batches": 1}
+    for resident in (False, True):
+        model = build("channels", "permuted")
+        model.add_adapter("second", S2FTConfig(task_type="CAUSAL_LM", **settings))
+        with sft.resident(model) if resident else nullcontext():
+            model(**batch)
+            sft.calibrate(model, [batch], "second")
+            model(**batch)
+            assert bool(model.base_model.permuted._active) is resident
+        layers = model.base_model.adapted_layers("second").values()
+        found.append([layer.s2ft_indices["second"].tolist() for layer in layers])
     assert found[0] == found[1]
