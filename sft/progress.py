@@ -14,15 +14,19 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
     """Show step, loss, learning rate, tokens/s and time left.
 
     Takes the place of transformers' own bars and dict lines. Tokens are counted by the trainer
-    (`include_num_input_tokens_seen`); without that the speed is left out.
+    (`include_num_input_tokens_seen`); without that the speed is left out. What the log holds under
+    `prefix`, such as SoRA's ranks, is shown after the loss.
     """
 
-    def __init__(self, console: Console | None = None, *, live: bool | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, live: bool | None = None, prefix: str | None = None
+    ) -> None:
+        self.prefix = prefix
         self.console = console or Console()
         self.live = self.console.is_terminal if live is None else live
         self.bar: Progress | None = None
         self.task = TaskID(0)
-        self.shown: dict[str, Any] = {"loss": "-", "lr": "-"}
+        self.shown: dict[str, Any] = {"loss": "-", "lr": "-", "more": ""}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock, and the bar."""
@@ -31,7 +35,8 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if not (self.live and state.is_world_process_zero):
             return
         text = "step {task.completed}/{task.total}"
-        tail = "loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]}"
+        tail = "loss {task.fields[loss]}  lr {task.fields[lr]}{task.fields[more]}"
+        tail += "  {task.fields[speed]}"
         columns = (TextColumn(text), BarColumn(30), TextColumn(tail), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console)
         self.task = self.bar.add_task(
@@ -49,10 +54,14 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Take up the latest loss; without a terminal, print it."""
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        self.shown = {"loss": f"{logs['loss']:.3f}", "lr": f"{logs.get('learning_rate', 0):.2e}"}
+        self.shown = {
+            "loss": f"{logs['loss']:.3f}",
+            "lr": f"{logs.get('learning_rate', 0):.2e}",
+            "more": self._more(logs),
+        }
         if self.bar is None:
             step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-            shown = f"loss {self.shown['loss']}  lr {self.shown['lr']}"
+            shown = f"loss {self.shown['loss']}  lr {self.shown['lr']}{self.shown['more']}"
             left = f"{self._seconds_left(state):.0f} s left"
             self.console.print(f"  {step}  {shown}  {self._speed(state)}  {left}", highlight=False)
 
@@ -65,6 +74,15 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def _more(self, logs: dict[str, Any]) -> str:
+        """Return what the method logs, each after two spaces."""
+        if self.prefix is None:
+            return ""
+        found = {
+            k.removeprefix(self.prefix): v for k, v in logs.items() if k.startswith(self.prefix)
+        }
+        return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
 
     def _speed(self, state: Any) -> str:
         """Return tokens per second since training began in this process."""

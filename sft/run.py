@@ -66,7 +66,8 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         # everything fits: from here on the folder is this run's
         run_folder.clear(output, keep_checkpoints=checkpoint is not None)
         (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-        trainer = _build_trainer(recipe, model, tokenizer, data, ProgressReport(console))
+        report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
+        trainer = _build_trainer(recipe, model, tokenizer, data, report)
         trained, with_adapter = model.get_nb_trainable_parameters()
         # from scratch all is trained; beside a base the adapter comes on top
         total = with_adapter if _from_scratch(recipe) else with_adapter - trained

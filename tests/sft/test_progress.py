@@ -44,6 +44,17 @@ def test_a_terminal_gets_one_live_bar(state):
         assert part in shown
 
 
+def test_what_the_method_logs_stands_after_the_loss(state):
+    console = Console(file=io.StringIO())
+    report = ProgressReport(console, prefix="sora_")
+    report.on_train_begin(None, state, None)
+    state.global_step = 1
+    logs = {"loss": 1.5, "learning_rate": 1e-3, "sora_ranks": 812, "grad_norm": 3.0}
+    report.on_log(None, state, None, logs=logs)
+    assert "lr 1.00e-03  ranks 812" in console.file.getvalue()
+    assert "norm" not in console.file.getvalue()
+
+
 def test_other_logs_and_other_processes_are_silent(state):
     console = Console(file=io.StringIO())
     report = ProgressReport(console)
