@@ -195,8 +195,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def made_for(self, name: str) -> int:
         """Return the fingerprint of the base weight that the adapter belongs to; 0 matches any."""
+        return fingerprint(self._plain_weight())
+
+    def _plain_weight(self) -> Tensor:
+        """Return W as stored, without any adapter, merged ones included."""
         self._residency.restore()
-        return fingerprint(self._stored_weight())
+        return self._merges.beneath(self._stored_weight())
 
     # -- execution -----------------------------------------------------------------------------
 

@@ -26,6 +26,15 @@ class MergeStack:
             region, originals = self._stack.pop()
             region.write(weight, originals)
 
+    def beneath(self, weight: Tensor) -> Tensor:
+        """Return the weight as it was before the first merge: itself, or a copy without them."""
+        if not self._stack:
+            return weight
+        plain = weight.detach().clone()
+        for region, originals in reversed(self._stack):
+            region.write(plain, originals)
+        return plain
+
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast along with the layer."""
         self._stack = [(region.mapped(fn), fn(originals)) for region, originals in self._stack]

@@ -141,7 +141,7 @@ class DeltaLayer(SparseLayer):
         wanted = tuple(self.delta_values[adapter].shape)
         check_shape(parts["delta_indices"], wanted, f"{where}.delta_indices", self.shape)
         check_values(parts["delta_values"], wanted, f"{where}.delta_values", self.shape)
-        check_base(parts["delta_base"], self._stored_weight(), where, "delta_base")
+        check_base(parts["delta_base"], self._plain_weight(), where, "delta_base")
         check_indices(parts["delta_indices"], self.shape, f"{where}.delta_indices")
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -167,7 +167,8 @@ class SliceLinear(SparseLayer):
         features = self.in_features if self.side == "in" else self.out_features
         check_indices(indices, (features, 1), f"{where}.s2ft_indices")
         check_values(values, (len(indices), self._line), f"{where}.s2ft_values", self.shape)
-        check_base(parts["s2ft_base"], self._stored_weight(), where, "s2ft_base")
+        self.permuted.restore()
+        check_base(parts["s2ft_base"], self._plain_weight(), where, "s2ft_base")
         own = self.s2ft_values[adapter]
         if own.shape != values.shape:
             own.data = own.data.new_empty(values.shape)

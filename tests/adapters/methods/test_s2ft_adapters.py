@@ -88,6 +88,20 @@ def test_a_configuration_read_from_a_file_is_no_placeholder(s2ft, batch, tmp_pat
         from_file(**batch)
 
 
+def test_what_is_merged_is_not_taken_for_the_base(s2ft, llama, randomize, batch, tmp_path) -> None:
+    model = s2ft(ratio={"down": 0.5})
+    randomize(model, scale=0.5)
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    model.load_adapter(tmp_path, "default")
+    model.add_weighted_adapter(["default"], [1.0], "twin")
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path, selected_adapters=["twin"])
+    loaded = PeftModel.from_pretrained(llama(num_key_value_heads=1), tmp_path / "twin")
+    assert torch.equal(loaded(**batch).logits, expected)
+
+
 # -- several adapters --------------------------------------------------------------------------
 
 
