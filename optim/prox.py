@@ -49,7 +49,7 @@ def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> Re
     Raises:
         ValueError: a penalised parameter is none of the optimizer's, or a rule is unknown.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = _stepping(optimizer)
     found = list(penalties)
     known = _groups(inner)
     for penalty in found:
@@ -129,6 +129,14 @@ def _unless_skipped(optimizer: torch.optim.Optimizer, tau: float | Tensor) -> fl
     """Return 0 for an update that a fused optimizer skipped: the loss scaler tells it so."""
     overflow = getattr(optimizer, "found_inf", None)
     return tau if overflow is None else tau * (1 - overflow)
+
+
+def _stepping(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer whose step fires hooks: below accelerate's, not below per-layer's."""
+    while not getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sft.optim.adamw import SparseAdamW
+from sft.optim.per_layer import PerLayerOptimizer
 from sft.optim.prox import attach, proximal_step_, reference_threshold, soft_threshold
 
 
@@ -173,6 +174,21 @@ def test_works_behind_the_wrapper_of_accelerate() -> None:
     attach(Accelerator(cpu=True).prepare(optimizer), [Penalty(parameters, 100.0)])
     run(parameters, optimizer, 1)
     assert (parameters[0] == 0).all()
+
+
+def test_works_around_per_layer_updates() -> None:
+    parameters = gates(6)
+    inner = torch.optim.SGD(parameters, lr=0.1)
+    optimizer = PerLayerOptimizer(inner)
+    for outermost in (optimizer, Accelerator(cpu=True).prepare(optimizer)):
+        with torch.no_grad():
+            parameters[0].fill_(1.0)
+        handle = attach(outermost, [Penalty(parameters, 100.0)])
+        parameters[0].sum().backward()
+        assert (parameters[0] == 0.9).all()
+        optimizer.step()
+        assert (parameters[0] == 0).all()
+        handle.remove()
 
 
 def test_what_does_not_fit_is_refused() -> None:
