@@ -33,7 +33,8 @@ class SLTrainWholeLinear(SLTrainLinear):
         self._set_weight(self._gone)
 
     def _set_weight(self, weight: Tensor) -> None:
-        self.get_base_layer().weight = nn.Parameter(weight, requires_grad=False)
+        # past the setter: under low_cpu_mem_usage that of PEFT's leaves shapes alone
+        self.get_base_layer()._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def residence(self, name: str) -> Residence | None:
         """Return None: there is no weight to write to."""

@@ -74,8 +74,12 @@ class SLTrainConfig(SparseConfig):
         self.peft_type = PeftType("SLTRAIN")
         require("form", self.form, self.form in FORMS, " or ".join(FORMS))
         require("r", self.r, is_whole(self.r) and self.r >= 1, "a whole number of at least 1")
-        number = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
-        require("alpha", self.alpha, number and self.alpha != 0, "a number other than 0")
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        fits = number and math.isfinite(self.alpha) and self.alpha != 0
+        require("alpha", self.alpha, fits, "a number other than 0")
+        for key in ("trainable_scale", "per_layer_updates"):
+            value = getattr(self, key)
+            require(key, value, isinstance(value, bool), "true or false")
         none = not self.reference
         require("reference", self.reference, none, "false: there is no other way of SLTrain here")
         require("kernel", self.kernel, self.kernel in KERNELS, ", ".join(KERNELS))
@@ -161,6 +165,17 @@ class SLTrainModel(SparseTuner):
         ]
         return [{"params": scales, "weight_decay": 0.0, "lr": learning_rate}] if scales else []
 
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Give the base back, if there is one to give back."""
+        layers = sparse_layers(self.model).values()
+        if not merge and any(isinstance(x, SLTrainWholeLinear) and not x.merged for x in layers):
+            raise ValueError(
+                "form: 'pretrain' has no base to unload; call merge_and_unload, which composes one"
+            )
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def _log_counts(self, adapter: str) -> None:
         layers = self.adapted_layers(adapter).values()
         sparse = sum(layer.sltrain_values[adapter].numel() for layer in layers)
@@ -206,6 +221,7 @@ class SLTrainModel(SparseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.form == "pretrain":
             _check_dense(dense_parameters(model), mapped)
+            mapped |= _as_held(model, mapped)
         for name, layer in sparse_layers(model).items():
             if isinstance(layer, SLTrainLinear) and adapter_name in layer.trained_values:
                 # the model has what the file leaves out: PEFT warns of what it does not find
@@ -304,6 +320,20 @@ def _check_dense(wanted: dict[str, nn.Parameter], found: dict[str, Tensor]) -> N
                 f"adapter file: {key} holds {tuple(found[key].shape)} entries, this model has "
                 f"{tuple(parameter.shape)}; load it into a model of its own configuration"
             )
+
+
+def _as_held(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the dense tensors of a file as the model holds them: kind, device, and what is tied.
+
+    With low_cpu_mem_usage PEFT puts the file's tensors in place of the model's, each under its own
+    name: one object under all names of a tied parameter keeps it tied.
+    """
+    placed = {
+        id(p): nn.Parameter(found[key].to(p.dtype) if p.is_meta else found[key].to(p))
+        for key, p in dense_parameters(model).items()
+    }
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: placed[id(p)] for name, p in names if id(p) in placed}
 
 
 Config: type[PeftConfig] = SLTrainConfig
