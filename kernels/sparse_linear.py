@@ -168,6 +168,9 @@ def announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
     """
     if not (torch.is_grad_enabled() and values.requires_grad):
         return SharedInput()
+    # a compiled graph keeps what it was traced with: it would go on reading an input of long ago
+    if torch.compiler.is_compiling():
+        return SharedInput()
     shared = shared_input(x, dtype)
     shared.announce()
     return shared

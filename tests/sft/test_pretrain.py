@@ -158,6 +158,47 @@ def test_fact23_the_exported_model_is_stock(method, batch, randomize, tmp_path, 
     torch.testing.assert_close(stock(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself
+@pytest.mark.parametrize("kernel", ["compose", "factored"])
+def test_compiled_gradients_are_those_of_eager(method, batch, randomize, kernel) -> None:
+    method.kernel = kernel
+    model = pretrain_model(tiny(), method)
+    randomize(model)
+
+    def gradients(forward) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        forward(**batch).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
+
+    expected, compiled = gradients(model), torch.compile(model, backend="eager")
+    for _ in range(2):
+        for name, found in gradients(compiled).items():
+            torch.testing.assert_close(found, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_low_memory_loading_gives_the_same(
+    method, batch, randomize, tmp_path, tied, trainable
+) -> None:
+    config = tiny(tie_word_embeddings=tied)
+    model = pretrain_model(config, method).eval()
+    randomize(model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.to(torch.float32)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_config(config),
+        tmp_path,
+        low_cpu_mem_usage=True,
+        is_trainable=trainable,
+    ).eval()
+    inner = loaded.get_base_model()
+    assert (inner.lm_head.weight is inner.model.embed_tokens.weight) == tied
+    assert inner.lm_head.weight.dtype == torch.float32
+    assert all(p.requires_grad == trainable for p in loaded.parameters() if p.numel())
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_file_holds_everything(method, batch, randomize, tmp_path, tied) -> None:
     config = tiny(tie_word_embeddings=tied)
@@ -220,6 +261,8 @@ def test_a_dense_model_gives_its_weights_up(llama, batch) -> None:
 
 def test_what_it_has_no_base_for_is_refused(method, batch, llama) -> None:
     model = pretrain_model(tiny(), method)
+    with pytest.raises(ValueError, match=r"^form: 'pretrain' has no base to unload"):
+        model.unload()
     with model.disable_adapter(), pytest.raises(ValueError, match=r"^form: 'pretrain' has no base"):
         model(**batch)
     with pytest.raises(ValueError, match=r"^form: .* has no weight but that of its 'pretrain'"):
