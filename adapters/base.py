@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sft.adapters.calibration import Calibration
 from sft.adapters.dynamics import Dynamics, Penalty
@@ -78,6 +79,15 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     def stage_ends(self, adapter_name: str, total_steps: int) -> tuple[int, ...]:
         """Return the updates after which a stage ends and optimizer and schedule begin anew."""
         return (total_steps,)
+
+    def check_run(self, adapter_name: str, optimizer: Optimizer, *, adds_loss_terms: bool) -> None:
+        """Raise if a run that begins would leave out what the configuration asks for.
+
+        Args:
+            adapter_name: the adapter.
+            optimizer: makes the run's steps.
+            adds_loss_terms: whether the trainer adds `loss_terms` to its loss.
+        """
 
     def calibration(self, adapter_name: str) -> Calibration | None:
         """Return how batches choose the adapter's support, or None if none are needed."""
@@ -186,7 +196,15 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep float32 deltas, or with `autocast_adapter_dtype=False` take the base's dtype."""
+        parts = [
+            (getattr(layer, part), getattr(layer, part)[adapter_name].requires_grad)
+            for layer in self.adapted_layers(adapter_name).values()
+            for part in layer.adapter_layer_names
+            if adapter_name in getattr(layer, part)
+        ]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for part, trains in parts:  # PEFT puts new parameters in place, which all train
+            part[adapter_name].requires_grad_(trains)
         if not autocast_adapter_dtype:
             for layer in self.adapted_layers(adapter_name).values():
                 layer.cast_to_base(adapter_name)

@@ -18,13 +18,15 @@ def strengths_between(path: str, first: float, last: float, count: int) -> list[
     "linear" is linspace, "geometric" has a constant ratio, "log_linear" is log(linspace(e^a, e^b)).
 
     Raises:
-        ValueError: unknown path, or a geometric one that touches 0.
+        ValueError: unknown path, a geometric one that touches 0, or a strength too large for exp.
     """
     require("strength_path", path, path in PATHS, ", ".join(PATHS))
     if path == "geometric":
         require("strength", first, min(first, last) > 0, "above 0 with strength_path='geometric'")
         found = np.geomspace(first, last, count)
     elif path == "log_linear":
+        most = max(first, last)
+        require("strength", most, most < 700, "below 700 with strength_path='log_linear', for exp")
         found = np.log(np.linspace(np.exp(first), np.exp(last), count))
     else:
         found = np.linspace(first, last, count)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sft.adapters.base import SparseTuner
 from sft.adapters.config import is_whole, require
@@ -121,7 +122,11 @@ class SoRAConfig(PeftConfig):  # type: ignore[misc]
         share = self.first_stage_share
         fits = share is None or (_number(share) and 0 < share < 1)
         require("first_stage_share", share, fits, "a number between 0 and 1, or null")
-        self.strengths()
+        single = len(self.strengths()) == 1
+        require("first_stage_share", share, share is None or not single, "null for one stage")
+        path = self.strength_path
+        unread = path != "linear" and (listed or single)
+        require("strength_path", path, not unread, "'linear' unless num_stages is above 1")
 
     def strengths(self) -> list[float]:
         """Return the strength of each stage."""
@@ -199,6 +204,24 @@ class SoRAModel(SparseTuner):
             return None
         gates = self._gates(adapter_name)
         return config.l1 * torch.cat([*gates]).abs().sum() / (config.r * len(gates))
+
+    def check_run(self, adapter_name: str, optimizer: Optimizer, *, adds_loss_terms: bool) -> None:
+        """Raise if nobody adds the L1 term, or the gates learn at another rate than theirs."""
+        config: SoRAConfig = self.peft_config[adapter_name]
+        if config.l1 and not adds_loss_terms:
+            raise ValueError(
+                f"l1: got {config.l1} with a trainer that adds no term to the loss; train with "
+                "SparseTrainer or SparseTrainingMixin, or set l1=0"
+            )
+        wanted, gates = config.gate_learning_rate, {id(p) for p in self._gates(adapter_name)}
+        for group in optimizer.param_groups:
+            found = float(group.get("initial_lr", group["lr"]))
+            if wanted not in (None, found) and any(id(p) in gates for p in group["params"]):
+                raise ValueError(
+                    f"gate_learning_rate: got {wanted} with an optimizer that moves gates at "
+                    f"{found}; train with SparseTrainer and let it make the optimizer, or give it "
+                    "the groups of model.base_model.parameter_groups"
+                )
 
     def _penalty(self, adapter: str) -> Penalty:
         config: SoRAConfig = self.peft_config[adapter]

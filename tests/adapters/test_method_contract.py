@@ -164,6 +164,15 @@ def test_a_saved_adapter_is_the_one_loaded(trained, base, batch, same, tmp_path)
     assert (again / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_is_loaded_to_be_used_does_not_train(llama, method, tmp_path, low_memory) -> None:
+    # the file is in bfloat16, its tensors are cast to float32 on the way in
+    adapt(llama, method).to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_memory)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert {t.dtype for t in tensors(loaded).values() if t.is_floating_point()} == {torch.float32}
+
+
 def test_a_file_for_another_model_is_refused(trained, method, llama, tmp_path) -> None:
     trained.save_pretrained(tmp_path)
     others = [{"hidden_size": 48}, {"num_hidden_layers": 1}]

@@ -21,6 +21,8 @@ def test_paths_that_do_not_exist_are_refused() -> None:
         strengths_between("cubic", 0, 1, 3)
     with pytest.raises(ValueError, match=r"^strength: got 0, allowed is above 0 with"):
         strengths_between("geometric", 0, 1, 3)
+    with pytest.raises(ValueError, match=r"^strength: got 900.0, allowed is below 700 with"):
+        strengths_between("log_linear", 0.0, 900.0, 3)
 
 
 @pytest.mark.parametrize("total", [7, 8, 80, 1001])
