@@ -58,6 +58,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.resume_from_checkpoint = resume_from_checkpoint
         self.notes = notes or {}
+        self.adds_loss_terms = False  # set by a trainer that does
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
         self._ends: tuple[int, ...] = ()
@@ -96,6 +97,9 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
         if penalties:
             self._proximal = attach(_unwrap(optimizer), penalties)
+        if state.global_step == 0:
+            for name in tuner.active_adapters:
+                tuner.check_run(name, _unwrap(optimizer), adds_loss_terms=self.adds_loss_terms)
         if any(d.reads_gradients for d in running):
             self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
@@ -134,7 +138,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Let each method change its support, and move the optimizer's state along."""
         stock = _unwrap(optimizer)
@@ -155,19 +159,29 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 self.replaced[state.global_step] = count
                 logger.info("step %d: %d weights replaced", state.global_step, count)
         if len(self._ends) > 1 and state.global_step in self._ends:
-            self._end_stage(state, control, stock)
+            control.should_save = True
+            self._end_stage(args, state, kwargs["model"], stock)
 
-    def _end_stage(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
-        """Ask for a checkpoint, and let the optimizer begin anew before it is written."""
-        control.should_save = True
+    def _end_stage(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
+    ) -> None:
+        """Keep the stage, and let the optimizer begin anew before a checkpoint is written."""
         stage = self._ends.index(state.global_step) + 1
         logger.info("stage %d of %d ends: %s", stage, len(self._ends), self.metrics())
+        if args.should_save:  # not in on_save: save_strategy="best" drops what is asked for here
+            record = {"step": state.global_step, **self.metrics()}
+            keep_stage(model, Path(args.output_dir), stage, record)
         if state.global_step < state.max_steps:
             optimizer.state.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Return what the method shows beside the loss."""
-        return {k: v for dynamics in self._dynamics.values() for k, v in dynamics.metrics().items()}
+        """Return what the method shows beside the loss, by adapter where several are active."""
+        several = len(self._dynamics) > 1
+        return {
+            f"{adapter}/{key}" if several else key: value
+            for adapter, dynamics in self._dynamics.items()
+            for key, value in dynamics.metrics().items()
+        }
 
     def on_save(
         self,
@@ -195,11 +209,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             "resumable": not args.save_only_model,
             **self.notes,
         }
-        output = Path(args.output_dir)
-        save_state(output / f"checkpoint-{state.global_step}", tensors, notes)
-        if len(self._ends) > 1 and state.global_step in self._ends:
-            record = {"step": state.global_step, **self.metrics()}
-            keep_stage(model, output, self._ends.index(state.global_step) + 1, record)
+        save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", tensors, notes)
 
     def on_train_end(
         self,

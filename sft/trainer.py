@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import (
+    PeftConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -43,11 +48,15 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        known = set(getattr(kwargs.get("model", args[0] if args else None), "peft_config", ()))
         super().__init__(*args, **kwargs)
+        if known and "ref" not in known:
+            _copy_reference(self.model)
         given = [c for c in self.callback_handler.callbacks if isinstance(c, SparseCallback)]
         self.sparse_callback = given[0] if given else SparseCallback()
         if not given:
             self.add_callback(self.sparse_callback)
+        self.sparse_callback.adds_loss_terms = True
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -169,6 +178,17 @@ class SparseTrainer(SparseTrainingMixin, Trainer):  # type: ignore[misc]
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         super().__init__(model, args, *rest, **kwargs)
+
+
+def _copy_reference(model: nn.Module) -> None:
+    """Let the adapter "ref", if TRL has just made one, start where "default" does.
+
+    TRL means to copy it, and looks for names like LoRA's, of modules: ours are parameters.
+    """
+    tuner = sparse_tuner(model)
+    if tuner is not None and {"default", "ref"} <= set(tuner.peft_config):
+        state = get_peft_model_state_dict(model, adapter_name="default")
+        set_peft_model_state_dict(model, state, adapter_name="ref")
 
 
 def method_optimizer(

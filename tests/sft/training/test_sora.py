@@ -136,6 +136,14 @@ def test_the_log_shows_the_ranks(lab, sora) -> None:
     assert shown[-1]["sora_zero_gates"] == 1 - found[-1] / (4 * len(ranks(run.model)))
 
 
+def test_the_log_tells_adapters_apart(lab, sora) -> None:
+    model = sora()
+    model.add_adapter("other", SoRAConfig(r=2, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    entry = lab.run(model=model, max_steps=1).trainer.state.log_history[0]
+    assert entry["default/sora_ranks"] == 2 * entry["other/sora_ranks"] == 4 * len(ranks(model))
+
+
 def gates_of(model) -> list[torch.Tensor]:
     return [t for n, t in own(model).items() if "sora_gate" in n]
 
@@ -200,3 +208,47 @@ def test_adapters_whose_stages_differ_are_refused(lab, sora) -> None:
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"^strength: got active adapters whose stages end at"):
         lab.run(model=model)
+
+
+@pytest.mark.parametrize("strategy", ["no", "best"])
+def test_s10_stages_are_kept_whatever_else_is_saved(lab, sora, strategy) -> None:
+    # the loss falls, so that by this measure the first of all is the best
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    lab.run(
+        "run",
+        model=sora(**STAGES),
+        max_steps=6,
+        save_strategy=strategy,
+        eval_strategy="steps",
+        eval_steps=2,
+        trainer={"eval_dataset": lab.dataset(4)},
+        **best,
+    )
+    stages = {p.name for p in (lab.folder / "run").glob("stage-*")}
+    assert stages == {"stage-1", "stage-2", "stage-3"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"l1": 0.1}, r"^l1: got 0.1 with a trainer that adds no term"),
+        ({"gate_learning_rate": 0.5}, r"^gate_learning_rate: got 0.5 .* moves gates at 0.01; "),
+    ],
+)
+def test_what_a_stock_trainer_would_leave_out_is_refused(lab, sora, fields, message) -> None:
+    callbacks = {"callbacks": [SparseCallback()]}
+    with pytest.raises(ValueError, match=message):
+        lab.run(model=sora(**fields), cls=Trainer, trainer=callbacks)
+    lab.run(model=sora(gate_learning_rate=0.01), max_steps=1, cls=Trainer, trainer=callbacks)
+
+
+def test_an_optimizer_of_ones_own_must_have_the_rate_of_the_gates(lab, sora) -> None:
+    def run(ask) -> None:
+        model = sora(gate_learning_rate=0.5)
+        groups = ask(model)
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        lab.run(model=model, max_steps=1, trainer={"optimizers": (optimizer, None)})
+
+    with pytest.raises(ValueError, match=r"^gate_learning_rate: got 0.5 with an optimizer"):
+        run(lambda model: [p for p in model.parameters() if p.requires_grad])
+    run(lambda model: model.base_model.parameter_groups("default", 0.01))

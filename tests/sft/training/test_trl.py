@@ -133,6 +133,36 @@ def test_preferences_train_too(lab, assert_equal, tiny_tokenizer, trl_arguments)
 
 
 @pytest.mark.parametrize("method", method_names())
+def test_a_trained_adapter_is_its_own_reference(lab, tiny_tokenizer, trl_arguments, method):
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from sft import SparseTrainingMixin
+
+    class SparseDPO(SparseTrainingMixin, DPOTrainer):
+        pass
+
+    owner = config_class(method)
+    shared = {"density": 0.1} if "density" in {f.name for f in fields(owner)} else {}
+    config = owner(task_type="CAUSAL_LM", init_weights=False, **shared)
+    model = get_peft_model(lab.base(eos_token_id=1), config)
+    rows = {"prompt": TEXT * 2, "chosen": [" seven"] * 8, "rejected": [" six"] * 8}
+    trainer = SparseDPO(
+        model=model,
+        args=trl_arguments(DPOConfig, "run", max_steps=1),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tiny_tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    # at the first update policy and reference agree
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", method_names())
 def test_every_method_goes_through_trls_peft_config(lab, sft_trainer, method):
     from trl import SFTTrainer
 
