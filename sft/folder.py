@@ -11,6 +11,7 @@ from typing import Any
 from sft.errors import UserError
 
 ADAPTER, MERGED, RECORD, RECIPE = "adapter", "merged", "run.json", "recipe.yaml"
+STEPS = ("checkpoint-", "stage-")  # what a run leaves on its way
 
 
 def check(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
@@ -37,10 +38,15 @@ def check(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
 
 
 def clear(folder: Path, *, keep_checkpoints: bool) -> None:
-    """Make the folder, and remove a former run's files from it; other files stay."""
+    """Make the folder, and remove a former run's files from it; other files stay.
+
+    Args:
+        folder: `training.output_dir`.
+        keep_checkpoints: A former run goes on: its checkpoints and finished stages stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in _run_files(folder):
-        if not (keep_checkpoints and path.name.startswith("checkpoint-")):
+        if not (keep_checkpoints and path.name.startswith(STEPS)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -54,7 +60,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 def _run_files(folder: Path) -> list[Path]:
     """List what an earlier run left in the folder; a recipe alone is no loss."""
     names = [folder / name for name in (RECORD, ADAPTER, MERGED)]
-    return [path for path in names if path.exists()] + sorted(folder.glob("checkpoint-*"))
+    steps = (path for start in STEPS for path in sorted(folder.glob(f"{start}*")))
+    return [*(path for path in names if path.exists()), *steps]
 
 
 def _checkpoint(folder: Path, resume: str | None) -> str | None:

@@ -112,6 +112,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(recipe_file, tmp_path):
     folder.mkdir()
     (folder / "run.json").write_text("old")
     (folder / "mine.txt").write_text("keep")
+    (folder / "stage-7").mkdir()
     message = refused("train", recipe_file)
     assert "already holds a run (run.json); set overwrite: true" in message
     assert (folder / "run.json").read_text() == "old"
@@ -119,6 +120,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(recipe_file, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads((folder / "run.json").read_text())["steps"] == 4
     assert (folder / "mine.txt").read_text() == "keep"
+    assert not (folder / "stage-7").exists()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(recipe_file, tmp_path):
