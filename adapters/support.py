@@ -12,6 +12,9 @@ from sft.kernels.pattern import index_dtype
 
 # Entries of a weight that its fingerprint reads.
 FINGERPRINT_SAMPLE = 256
+# A prime: a step of numel / 256 is a multiple of most rows' lengths, would read one column over and
+# over, and miss that others were trained.
+_STRIDE = 2_654_435_761
 _FINGERPRINTED = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,7 +101,7 @@ def as_indices(positions: Tensor, shape: tuple[int, int], device: torch.device) 
 
 
 def fingerprint(weight: Tensor) -> int:
-    """Return a 63-bit checksum of a weight's shape and of evenly spaced entries.
+    """Return a 63-bit checksum of a weight's shape and of entries spread over it.
 
     Entries are rounded to bfloat16 first, so that one checkpoint loaded in float32 or bfloat16
     counts as the same base. Float16 rounds otherwise (its small numbers lose bits that bfloat16
@@ -106,8 +109,9 @@ def fingerprint(weight: Tensor) -> int:
     """
     if weight.dtype not in _FINGERPRINTED or weight.is_meta or weight.numel() == 0:
         return 0
-    step = max(1, weight.numel() // FINGERPRINT_SAMPLE)
-    sample = weight.detach().reshape(-1)[::step][:FINGERPRINT_SAMPLE]
+    count = min(FINGERPRINT_SAMPLE, weight.numel())
+    positions = torch.arange(count, device=weight.device) * _STRIDE % weight.numel()
+    sample = weight.detach().reshape(-1)[positions]
     content = sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode() + content).digest()
     return int.from_bytes(digest[:8], "little") >> 1

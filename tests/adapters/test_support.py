@@ -46,6 +46,16 @@ def test_one_checkpoint_has_one_fingerprint_in_every_dtype() -> None:
     assert fingerprint(weight) == fingerprint(stored)
 
 
+def test_a_fingerprint_reads_many_columns() -> None:
+    """A step of numel / 256 is a multiple of such a width: it would read one column alone."""
+    weight = torch.zeros(256, 1024)
+    seen = {
+        fingerprint(weight.index_fill(1, torch.arange(start, start + 64), 1.0))
+        for start in range(0, 1024, 64)
+    }
+    assert len(seen) == 16
+
+
 def test_fingerprints_differ() -> None:
     weight = torch.randn(30, 20)
     seen = {fingerprint(weight), fingerprint(weight.view(20, 30)), fingerprint(weight + 1)}
