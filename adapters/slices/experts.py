@@ -65,7 +65,8 @@ class SliceExperts(SliceLinear):
             self.unmerge()
         held = self.settle()
         names = self._present()
-        if held is None and (self.disable_adapters or self.merged or not names):
+        idle = held is None and (self.disable_adapters or self.merged or not names)
+        if idle or not len(hidden_states):
             y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return y
         order = top_k_index.flatten().argsort(stable=True)  # pairs of token and expert, by expert
