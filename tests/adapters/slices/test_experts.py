@@ -165,11 +165,9 @@ def test_what_experts_cannot_do_is_refused(base, settings, message) -> None:
 
 
 def test_no_tokens(base) -> None:
-    model = get_peft_model(base, sft.S2FTConfig(ratio=0.2, task_type="CAUSAL_LM"))
-    layers = model.base_model.adapted_layers("default").items()
-    experts = next(layer for name, layer in layers if name.endswith("experts"))
+    layer = experts(adapted(base()))[0]
     x, chosen, weights = torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
-    assert experts(x, chosen, weights).shape == (0, 32)
+    assert layer(x, chosen, weights).shape == (0, 32)
 
 
 def test_rows_with_their_own_adapters_are_refused(base, batch) -> None:
