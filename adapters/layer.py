@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
-from sft.adapters.merging import MergeStack, check_mergeable
+from sft.adapters.merging import MergeStack, announce, check_mergeable
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Residence, Residency, obstacle
 from sft.adapters.support import fingerprint
@@ -349,10 +349,13 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             region.write(weight, merged)
             self._merges.push(region, originals)
             self.merged_adapters.append(name)
+        announce(weight)
 
     def unmerge(self) -> None:
         """Take merged adapters out again: the base weight is as before, bit for bit."""
-        self._merges.undo(self._stored_weight())
+        if self.merged_adapters:
+            self._merges.undo(self._stored_weight())
+            announce(self._stored_weight())
         self.merged_adapters.clear()
         self.settle()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sft.adapters.region import Region
 
@@ -52,3 +53,9 @@ def check_mergeable(weight: Tensor) -> None:
             f"merge: the base weight is {weight.dtype} (quantised), merging would round "
             "deltas away; load the base in 16 or 32 bit, then merge"
         )
+
+
+def announce(weight: Tensor) -> None:
+    """Let autograd refuse a backward whose forward saw the weight before this merge or its undo."""
+    if not weight.is_inference():
+        increment_version(weight)

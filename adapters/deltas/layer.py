@@ -65,7 +65,7 @@ class DeltaLayer(SparseLayer):
         device = indices.device if indices.is_meta else weight.device
         fixed = {
             "delta_indices": as_indices(indices, self.shape, device),
-            "delta_base": torch.tensor([fingerprint(weight)], device=device),
+            "delta_base": torch.tensor([fingerprint(self._plain_weight())], device=device),
         }
         self._sites[name] = DeltaSite(self, self.delta_indices, name)
         self.install(name, {"delta_values": values}, fixed, inference_mode=inference_mode)

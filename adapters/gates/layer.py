@@ -70,7 +70,7 @@ class GatedLinear(SparseLayer):
         """
         self.scale[name], self.dropout[name], self.max_rank[name] = scale, dropout, len(gate)
         trained = {"sora_A": a, "sora_B": b, "sora_gate": gate}
-        made_for = torch.tensor([fingerprint(self._stored_weight())], device=gate.device)
+        made_for = torch.tensor([fingerprint(self._plain_weight())], device=gate.device)
         self.install(name, trained, {"sora_base": made_for}, inference_mode=inference_mode)
 
     def keep_ranks(self, name: str, kept: Tensor) -> None:
@@ -156,7 +156,7 @@ class GatedLinear(SparseLayer):
                     f"floats of at most {most} ranks for a weight of {self.shape}; the adapter was "
                     "made for another model or another r"
                 )
-        check_base(parts["sora_base"], self._stored_weight(), where, "sora_base")
+        check_base(parts["sora_base"], self._plain_weight(), where, "sora_base")
 
     def made_for(self, name: str) -> int:
         """Return the fingerprint that the adapter was made with."""

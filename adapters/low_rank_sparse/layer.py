@@ -88,7 +88,7 @@ class SLTrainLinear(SparseLayer):
         self._residency.restore()
         fixed = {
             "sltrain_indices": as_indices(indices, self.shape, indices.device),
-            "sltrain_base": torch.tensor([fingerprint(self._stored_weight()), checksum(indices)]),
+            "sltrain_base": torch.tensor([fingerprint(self._plain_weight()), checksum(indices)]),
         }
         self._sites[name] = DeltaSite(self, self.sltrain_indices, name)
         self._settings[name] = settings
@@ -187,7 +187,7 @@ class SLTrainLinear(SparseLayer):
                 check_values(parts[part], wanted, f"{where}.{part}", self.shape)
         made_for = parts["sltrain_base"]
         check_shape(made_for, (2,), f"{where}.sltrain_base", self.shape)
-        check_base(made_for[:1], self._stored_weight(), where, "sltrain_base")
+        check_base(made_for[:1], self._plain_weight(), where, "sltrain_base")
         indices = parts.get("sltrain_indices", self.sltrain_indices[adapter])
         if "sltrain_indices" in parts:
             wanted = tuple(self.sltrain_indices[adapter].shape)

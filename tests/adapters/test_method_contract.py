@@ -134,6 +134,30 @@ def merges_what_is_resident(model) -> bool:
     return all(layer.merges_exactly("default") for layer in layers)
 
 
+def test_a_backward_from_before_a_merge_is_refused(llama, method, batch, randomize) -> None:
+    model = adapt(llama, method)
+    randomize(model)
+    for change in (model.merge_adapter, model.unmerge_adapter):
+        model.base_model.requires_grad_(True)
+        loss = model(**batch).loss
+        change()
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed since"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+def test_adapters_made_while_another_is_merged_fit_the_base(
+    llama, method, randomize, tmp_path
+) -> None:
+    model = adapt(llama, method)
+    randomize(model)
+    model.merge_adapter()
+    model.add_adapter("second", model.peft_config["default"])
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(llama(), tmp_path / "second")
+    model.load_adapter(tmp_path, "again")
+
+
 def test_merging_adds_the_delta_weight(trained) -> None:
     for layer in trained.base_model.adapted_layers("default").values():
         before = layer.get_base_layer().weight.detach().clone()

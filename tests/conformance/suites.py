@@ -46,7 +46,7 @@ EMBEDDINGS = ["spiel"]
 KNOWN = {
     ("SoRAConfig", name): "gates stay float32: in half precision the shrinking rounds to nothing"
     for name in ("test_adapter_dtype_autocast", "test_add_adapter_no_autocast_adapter_dtype")
-}
+} | {("S2FTConfig", "test_lora_conversion"): "it converts to rank 8, and a slice has a rank a line"}
 
 MODELS = Path(os.environ["CONFORMANCE_MODELS"])
 TINY = {
