@@ -137,7 +137,7 @@ def recipes_section(result: dict[str, Any]) -> str:
     for name, run in result["recipes"].items():
         before, after = run["before"], run["after"]
         change = " | ".join(
-            f"{before[key]:.2f} → {after[key]:.2f}"
+            f"{before[key]:.2f} → {after[key]:.2f}" if key in after else ""
             for key in ("token_error_rate", "exact_match", "nll")
         )
         share = run["trained_weights"] / run["all_weights"]

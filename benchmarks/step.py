@@ -97,14 +97,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="add a profile by operation")
+    parser.add_argument("--renew-profile", action="store_true", help="of --out, and nothing else")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/step.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    result = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
-    result["arguments"].pop("out")
-    result |= measure(args.model, args.rounds, args.batch_size, args.length)
-    if args.profile:
+    if args.renew_profile:
+        result = json.loads(args.out.read_text())
+    else:
+        arguments = {k: str(v) for k, v in vars(args).items() if k not in ("out", "renew_profile")}
+        result = {"machine": machine(), "arguments": arguments}
+        result |= measure(args.model, args.rounds, args.batch_size, args.length)
+    if args.profile or args.renew_profile:
         result["profile_ms"] = profile(args.model, args.batch_size, args.length)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
