@@ -63,7 +63,8 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
             step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
             shown = f"loss {self.shown['loss']}  lr {self.shown['lr']}{self.shown['more']}"
             left = f"{self._seconds_left(state):.0f} s left"
-            self.console.print(f"  {step}  {shown}  {self._speed(state)}  {left}", highlight=False)
+            line = f"  {step}  {shown}  {self._speed(state)}  {left}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the bar down."""
