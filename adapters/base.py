@@ -138,6 +138,11 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules: {current_key!r} is read by its nn.MultiheadAttention and never "
+                "called, so it would not train; leave it out with exclude_modules"
+            )
         if not isinstance(target, SparseLayer):
             check_target(target, current_key, self.kinds, self._owners)
             layer = self.new_layer(peft_config, target, current_key)

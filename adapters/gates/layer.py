@@ -89,8 +89,8 @@ class GatedLinear(SparseLayer):
     def beside(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer; with one adapter over a plain base, base and adapter in one go."""
         base: Any = self.base_layer
-        fused = len(names) == 1 and not args and not kwargs and obstacle(base) is None
-        if not fused or not len(self.sora_gate[names[0]]):
+        names = [name for name in names if len(self.sora_gate[name])]
+        if len(names) != 1 or args or kwargs or obstacle(base) is not None:
             return super().beside(x, names, *args, **kwargs)
         name = names[0]
         return gated_linear(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+import sft
 from sft.adapters.methods.spiel import SpielConfig
 
 
@@ -41,3 +42,15 @@ def test_deltas_are_float32_unless_asked_to_follow_the_base(llama, adapted, dtyp
     followed = adapted(llama().to(dtype), autocast_adapter_dtype=False, **more)
     assert dtypes(followed) == {dtype}
     assert all(p.requires_grad for n, p in followed.named_parameters() if "delta_values" in n)
+
+
+@pytest.mark.parametrize("config", [SpielConfig(density=0.1), sft.SoRAConfig(r=2)])
+def test_a_matrix_that_its_module_never_calls_is_refused(config):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2)
+
+    config.target_modules = ["out_proj"]
+    with pytest.raises(ValueError, match=r"^target_modules: 'attention.out_proj' is read by"):
+        get_peft_model(Model(), config)
