@@ -23,11 +23,11 @@ quickstart: env  ## fine-tune a small model on the CPU with the shipped recipe
 
 test: lint types  ## ruff, mypy --strict, the whole suite
 	@echo "== tests: the whole suite"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-quick: env  ## the suite without the tests marked slow
 	@echo "== tests: all but the slow ones"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
 
 lint: env  ## ruff: rules and format
 	@$(PHASE) "ruff check" $(BIN)/ruff check .
