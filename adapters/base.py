@@ -39,6 +39,10 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         """Return a layer of the method around `target`, without an adapter yet."""
         raise NotImplementedError
 
+    def takes(self, name: str) -> bool:
+        """Tell whether a module that PEFT matched by name is a target; all are, by default."""
+        return True
+
     def attach(
         self, adapter: str, config: Any, targets: dict[str, SparseLayer], *, on_meta: bool
     ) -> None:
@@ -138,6 +142,8 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
+        if not self.takes(current_key):
+            return
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"target_modules: {current_key!r} is read by its nn.MultiheadAttention and never "

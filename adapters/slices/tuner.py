@@ -75,21 +75,9 @@ class SliceTuner(SparseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         return peft_config
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        # PEFT matches suffixes, which a name in another part of the model may end with
-        if current_key in self._sides:
-            super()._create_and_replace(
-                peft_config, adapter_name, target, target_name, parent, current_key
-            )
+    def takes(self, name: str) -> bool:
+        """Take what was found: PEFT matches suffixes, which names in other parts may end with."""
+        return name in self._sides
 
     def new_layer(self, config: Any, target: nn.Module, name: str) -> SparseLayer:
         """Return a layer around a matrix whose input or output features are trained."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import sft
 from sft.adapters.layer import sparse_layers
 from sft.adapters.registry import config_class, method_names
+from sft.adapters.support import fingerprint
 
 FILE = "adapter_model.safetensors"
 
@@ -151,11 +152,17 @@ def test_adapters_made_while_another_is_merged_fit_the_base(
 ) -> None:
     model = adapt(llama, method)
     randomize(model)
+    layers = model.base_model.adapted_layers("default").values()
+    expected = [fingerprint(layer.get_base_layer().weight) for layer in layers]
     model.merge_adapter()
     model.add_adapter("second", model.peft_config["default"])
+    for name in ("default", "second"):
+        assert [layer.made_for(name) for layer in layers] == expected
     model.save_pretrained(tmp_path)
-    PeftModel.from_pretrained(llama(), tmp_path / "second")
+    for folder in (tmp_path, tmp_path / "second"):
+        assert tensors(PeftModel.from_pretrained(llama(), folder))
     model.load_adapter(tmp_path, "again")
+    assert [layer.made_for("again") for layer in layers] == expected
 
 
 def test_merging_adds_the_delta_weight(trained) -> None:

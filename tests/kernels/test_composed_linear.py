@@ -130,5 +130,7 @@ def test_the_workspace_outlives_inference_mode() -> None:
     like = torch.zeros(1)
     _workspace.__init__()
     with torch.inference_mode():
-        _workspace.take((3, 4), like)
-    _workspace.take((3, 4), like).fill_(1.0)
+        first = _workspace.take((3, 4), like)
+    later = _workspace.take((3, 4), like).fill_(1.0)
+    assert later.data_ptr() == first.data_ptr()
+    assert not later.is_inference()
