@@ -64,6 +64,15 @@ class ScoreCalibration:
             layer.pending.discard(self._adapter)
 
 
+def score_calibration(
+    layers: dict[str, Any], adapter: str, config: SparseConfig
+) -> ScoreCalibration | None:
+    """Return the accumulation that the configured selection asks for, or None if it reads none."""
+    if not strategy(config.selection).CALIBRATED:
+        return None
+    return ScoreCalibration(layers, adapter, config)
+
+
 class _Scores:
     """Dense (rows * cols,) float32 scores of one layer."""
 

@@ -12,7 +12,7 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import allocate, allocate_reference
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import SparseConfig
-from sft.adapters.deltas.calibration import ScoreCalibration
+from sft.adapters.deltas.calibration import score_calibration
 from sft.adapters.deltas.layer import DeltaLayer, DeltaLinear
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer, sparse_layers
@@ -49,10 +49,8 @@ class DeltaTuner(SparseTuner):
 
     def calibration(self, adapter_name: str) -> Calibration | None:
         """Return the accumulation of gradient scores that the selection asks for."""
-        config: SparseConfig = self.peft_config[adapter_name]
-        if not strategy(config.selection).CALIBRATED:
-            return None
-        return ScoreCalibration(self.adapted_layers(adapter_name), adapter_name, config)
+        layers, config = self.adapted_layers(adapter_name), self.peft_config[adapter_name]
+        return score_calibration(layers, adapter_name, config)
 
 
 def _attach(

@@ -25,7 +25,7 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.budget import allocate
 from sft.adapters.calibration import Calibration
 from sft.adapters.config import SparseConfig, is_whole, require
-from sft.adapters.deltas.calibration import ScoreCalibration
+from sft.adapters.deltas.calibration import score_calibration
 from sft.adapters.layer import SparseLayer, sparse_layers
 from sft.adapters.low_rank_sparse.layer import Settings, SLTrainLinear
 from sft.adapters.low_rank_sparse.whole import SLTrainWholeLinear
@@ -152,10 +152,8 @@ class SLTrainModel(SparseTuner):
 
     def calibration(self, adapter_name: str) -> Calibration | None:
         """Return the accumulation of gradient scores that the selection asks for."""
-        config: SLTrainConfig = self.peft_config[adapter_name]
-        if not strategy(config.selection).CALIBRATED:
-            return None
-        return ScoreCalibration(self.adapted_layers(adapter_name), adapter_name, config)
+        layers, config = self.adapted_layers(adapter_name), self.peft_config[adapter_name]
+        return score_calibration(layers, adapter_name, config)
 
     def parameter_groups(self, adapter_name: str, learning_rate: float) -> list[dict[str, Any]]:
         """Return a group for the trained scales, which weight decay would pull to c = 0."""
