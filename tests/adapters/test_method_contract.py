@@ -310,6 +310,26 @@ def test_each_row_of_a_batch_may_have_its_own_adapter(llama, method, batch, rand
         model(input_ids=ids, adapter_names=["default", "default"])
 
 
+def test_beam_search_keeps_each_rows_adapter(llama, method, batch, randomize) -> None:
+    model = adapt(llama, method)
+    randomize(model, scale=0.5)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    randomize(model, scale=0.5, seed=8)
+    model.eval()
+    ids = batch["input_ids"][:2]
+    search = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    search |= {"eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    mixed = model.generate(ids, adapter_names=["second", "default"], **search)
+    alone = {}
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        alone[name] = model.generate(ids, **search)
+    assert torch.equal(mixed[0], alone["second"][0])
+    assert torch.equal(mixed[1], alone["default"][1])
+    assert not torch.equal(alone["second"], alone["default"])
+
+
 def test_layers_can_be_moved_and_copied(trained, batch) -> None:
     expected = trained(**batch).logits
     assert torch.equal(trained.to("cpu")(**batch).logits, expected)
