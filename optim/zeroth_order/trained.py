@@ -1,0 +1,75 @@
+"""The trained set: which tensors a zeroth-order step moves, under which number and mask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from sft.kernels.displace import Magnitude, Mask, Random
+from sft.kernels.magnitude_threshold import magnitude_threshold
+from sft.optim.zeroth_order.config import ZerothOrderConfig
+from sft.optim.zeroth_order.keys import mask_key, parameter_ids
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One tensor of the trained set."""
+
+    name: str  # full, as in the model's named_parameters
+    parameter: nn.Parameter
+    id: int  # 32 bits, the parameter's part of the noise counter
+    mask: Mask | None = None  # which entries move; None: all
+
+
+def trained_set(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: ZerothOrderConfig, seed: int
+) -> list[Trained]:
+    """Number the parameters and fix their masks by the weights as they are now.
+
+    Args:
+        parameters: full names and tensors, each tensor once.
+        config: `sparsity` and `mask` say which part of each tensor is trained.
+        seed: of the run, for random masks.
+
+    Returns:
+        in the order given, without the tensors whose magnitude threshold is 0: an entry that left
+        zero would never move again.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    named = list(parameters)
+    ids = parameter_ids(name for name, _ in named)
+    found, left_out = [], []
+    for name, parameter in named:
+        mask = _mask(parameter, config, seed)
+        if isinstance(mask, Magnitude) and mask.threshold == 0:
+            left_out.append(name)
+        else:
+            found.append(Trained(name, parameter, ids[name], mask))
+    if left_out:
+        logger.warning(
+            "sparsity: %d tensors are left out, as their smallest weights are all zero: %s",
+            len(left_out),
+            ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else ""),
+        )
+    if not found:
+        raise ValueError(
+            "model: has no parameter that can be trained: none requires a gradient, or "
+            f"sparsity={config.sparsity} met zero weights alone; set sparsity=0 for adapters"
+        )
+    return found
+
+
+def _mask(parameter: nn.Parameter, config: ZerothOrderConfig, seed: int) -> Mask | None:
+    if config.sparsity == 0:
+        return None
+    share = 1 - config.sparsity
+    if config.mask == "random":
+        return Random(mask_key(seed), share)
+    return Magnitude(magnitude_threshold(parameter.detach(), share))
