@@ -75,17 +75,19 @@ def trained_logits(model: Any, batches: Batches) -> list[torch.Tensor]:
 def merging_bound(model: Any, logits: Sequence[torch.Tensor]) -> float:
     """Return how far merging may move the logits of a trained model.
 
-    Nothing, for a method that trains with the very weights it merges. One that trains beside W
-    rounds its delta into W once: half the digits of the weights' type are allowed to differ.
+    Nothing, for a plain model and a method that trains with the very weights it merges. One that
+    trains beside W rounds its delta into W once: half the digits of the weights' type are allowed
+    to differ.
 
     Args:
-        model: A PeftModel before merging.
+        model: As it was trained, before merging.
         logits: Of the trained model.
     """
     from sft.adapters.layer import sparse_layers
 
     layers = sparse_layers(model).values()
-    if all(layer.merges_exactly(n) for layer in layers for n in layer.trained_values):
+    stock = hasattr(model, "peft_config") and not layers
+    if not stock and all(layer.merges_exactly(n) for layer in layers for n in layer.trained_values):
         return 0.0
     largest = max(float(batch.abs().max()) for batch in logits)
     return float(torch.finfo(model.dtype).eps ** 0.5 * largest)

@@ -11,6 +11,7 @@ from typing import Any
 from sft.errors import UserError
 
 ADAPTER, MERGED, RECORD, RECIPE = "adapter", "merged", "run.json", "recipe.yaml"
+ZEROTH_ORDER = "zeroth_order"  # log and start of a run by forward passes
 STEPS = ("checkpoint-", "stage-")  # what a run leaves on its way
 
 
@@ -42,11 +43,11 @@ def clear(folder: Path, *, keep_checkpoints: bool) -> None:
 
     Args:
         folder: `training.output_dir`.
-        keep_checkpoints: A former run goes on: its checkpoints and finished stages stay.
+        keep_checkpoints: A former run goes on: its checkpoints, stages and log stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in _run_files(folder):
-        if not (keep_checkpoints and path.name.startswith(STEPS)):
+        if not (keep_checkpoints and path.name.startswith((*STEPS, ZEROTH_ORDER))):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -59,7 +60,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _run_files(folder: Path) -> list[Path]:
     """List what an earlier run left in the folder; a recipe alone is no loss."""
-    names = [folder / name for name in (RECORD, ADAPTER, MERGED)]
+    names = [folder / name for name in (RECORD, ADAPTER, MERGED, ZEROTH_ORDER)]
     steps = (path for start in STEPS for path in sorted(folder.glob(f"{start}*")))
     return [*(path for path in names if path.exists()), *steps]
 

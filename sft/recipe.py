@@ -34,6 +34,7 @@ def resolve(source: Source, name: str) -> Recipe:
     """Check a parsed recipe, section by section."""
     from sft.arguments import resolve_training
     from sft.method import resolve_method
+    from sft.zeroth_order_section import resolve_zeroth_order
 
     try:
         recipe = Recipe.model_validate(source.values)
@@ -42,6 +43,7 @@ def resolve(source: Source, name: str) -> Recipe:
     return recipe.model_copy(
         update={
             "method": resolve_method(recipe, source),
+            "zeroth_order": resolve_zeroth_order(recipe, source),
             "training": resolve_training(recipe, source, name),
         }
     )

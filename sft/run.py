@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,15 @@ from sft.encode import Encoded, encode
 from sft.environment import versions
 from sft.errors import UserError
 from sft.export import export_merged, logits_of, merging_bound, verify_merged
-from sft.method import build_method
 from sft.metrics import evaluate, held_out_batches
-from sft.models import load_config, load_model, load_tokenizer
+from sft.models import load_model, load_tokenizer
 from sft.phases import Phases
 from sft.progress import ProgressReport
 from sft.recipe import to_yaml
 from sft.schema import Recipe
+from sft.trainable import Trainable, build_method
 from sft.whole import written_whole
+from sft.zeroth_order_section import build_zeroth_order
 
 VERIFIED_BATCHES = 2
 
@@ -60,33 +59,28 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     resume = recipe.training.get("resume_from_checkpoint")
     output = Path(recipe.training["output_dir"])
     checkpoint = run_folder.check(output, resume=resume, overwrite=recipe.overwrite)
-    data, tokenizer, model = _load(recipe, phases)
-    with phases.phase("adapter"):
-        model = _adapted(recipe, model)
+    method = build_method(recipe.method)
+    data, tokenizer, model = _load(recipe, method, phases)
+    with phases.phase("method"):
+        model = _attached(recipe, method, model)
         # everything fits: from here on the folder is this run's
         run_folder.clear(output, keep_checkpoints=checkpoint is not None)
         (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
         report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
         trainer = _build_trainer(recipe, model, tokenizer, data, report)
-        trained, with_adapter = model.get_nb_trainable_parameters()
-        # from scratch all is trained; beside a base the adapter comes on top
-        total = with_adapter if _from_scratch(recipe) else with_adapter - trained
-        share = f"{100 * trained / total:.3f} %"
-        phases.note(f"{recipe.method['name']} trains {trained:,} of {total:,} weights ({share})")
+        trained, total = method.counts(model)
+        phases.note(_trains(recipe, trained, total))
     held_out = _encode(recipe, data, tokenizer)
-    with contextlib.nullcontext() if _from_scratch(recipe) else model.disable_adapter():
+    with method.untrained(model):
         before = _measure("before", recipe, model, tokenizer, held_out, phases)
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
     # autocast stays on the trained model's forward: what is measured and exported is the model
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    with phases.phase("save"), written_whole(output / run_folder.ADAPTER) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        phases.note(f"adapter in {output / run_folder.ADAPTER}")
-
-    with _trained_weights(model):
+    if method.saved:
+        _save_adapter(model, tokenizer, output / run_folder.ADAPTER, phases)
+    with method.trained(model):
         after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
         batches = _batches(recipe, data, tokenizer, held_out, model.device)
         expected = logits_of(model, batches) if recipe.export.merged else []
@@ -110,7 +104,7 @@ def _seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _load(recipe: Recipe, phases: Phases) -> tuple[Examples, Any, Any]:
+def _load(recipe: Recipe, method: Trainable, phases: Phases) -> tuple[Examples, Any, Any]:
     """Load data first: its mistakes are the commonest and the quickest to find."""
     with phases.phase("data"):
         data = load_data(recipe.data, recipe.seed)
@@ -118,7 +112,7 @@ def _load(recipe: Recipe, phases: Phases) -> tuple[Examples, Any, Any]:
         phases.note(f"{len(data.train):,} examples to train on, {held_out:,} held out")
     with phases.phase("model"):
         tokenizer = load_tokenizer(recipe.model)
-        if _from_scratch(recipe):
+        if method.from_scratch:
             phases.note(f"{recipe.model.name}'s architecture, random weights")
             return data, tokenizer, None
         model = load_model(recipe.model)
@@ -164,31 +158,23 @@ def _measure(
     return found
 
 
-def _adapted(recipe: Recipe, model: Any) -> Any:
-    """Put the adapter on; a method and a model that do not fit are refused."""
-    from peft import get_peft_model
-
+def _attached(recipe: Recipe, method: Trainable, model: Any) -> Any:
+    """Ready the model for its method; two that do not fit are refused."""
     try:
-        if _from_scratch(recipe):
-            return _built(recipe)
-        return get_peft_model(model, build_method(recipe.method))
+        return method.attach(model, recipe.model)
     except ValueError as error:
         raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
 
 
-def _from_scratch(recipe: Recipe) -> bool:
-    return recipe.model.config is not None
-
-
-def _built(recipe: Recipe) -> Any:
-    """Build a model of random weights in the form that its method trains."""
-    import torch
-
-    from sft.pretrain import pretrain_model
-
-    config, dtype = load_config(recipe.model), recipe.model.dtype
-    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    return pretrain_model(config, build_method(recipe.method), dtype=chosen or torch.float32)
+def _trains(recipe: Recipe, trained: int, total: int) -> str:
+    """Say what is trained, and by which way to a gradient."""
+    text = f"{recipe.method['name']} trains {trained:,} of {total:,} weights"
+    text += f" ({100 * trained / total:.3f} %)"
+    if recipe.zeroth_order is None:
+        return text
+    sparsity = recipe.zeroth_order["sparsity"]
+    masked = f", {100 * (1 - sparsity):g} % of each tensor" if sparsity else ""
+    return f"{text} by forward passes{masked}"
 
 
 def _build_trainer(
@@ -201,6 +187,7 @@ def _build_trainer(
     from sft.supervised import SparseSFTTrainer
 
     arguments = build_arguments(recipe.training, recipe.seed)
+    config = build_zeroth_order(recipe.zeroth_order)
     datasets.disable_progress_bars()
     trainer = SparseSFTTrainer(
         model=model,
@@ -209,6 +196,7 @@ def _build_trainer(
         eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
         callbacks=[report],
+        **({} if config is None else {"zeroth_order": config}),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.sparse_callback.notes = {"recipe": recipe.model_dump(mode="json")}
@@ -228,13 +216,12 @@ def _train(trainer: Any, checkpoint: str | None) -> Any:
             report.close()
 
 
-@contextlib.contextmanager
-def _trained_weights(model: Any) -> Iterator[None]:
-    """Run the model with the weights that training used, not beside its base."""
-    from sft import resident
-
-    with resident(model):
-        yield
+def _save_adapter(model: Any, tokenizer: Any, folder: Path, phases: Phases) -> None:
+    """Write the adapter, with the tokenizer it was trained with."""
+    with phases.phase("save"), written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        phases.note(f"adapter in {folder}")
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""The sections of a recipe that are ours; `method` and `training` have their own owners."""
+"""The sections of a recipe; fields of `method`, `zeroth_order`, `training` have other owners."""
 
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ class Recipe(_Section):
 
     model: ModelSpec
     method: dict[str, Any]
+    zeroth_order: dict[str, Any] | None = Field(
+        default=None, description="train by forward passes alone; {} for the defaults"
+    )
     data: DataSpec
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     training: dict[str, Any] = Field(default_factory=dict)

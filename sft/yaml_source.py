@@ -50,13 +50,13 @@ class Source:
 
     def where(self, key: str) -> str:
         """Return `file:line` of a dotted key, of its nearest written ancestor, or its override."""
-        while key:
-            if key in self.overrides:
-                return f"override '{self.overrides[key]}'"
-            if key in self.lines:
-                return f"{self.name}:{self.lines[key]}"
-            key = key.rpartition(".")[0]
-        return self.name
+        parts = key.split(".")
+        ways = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        for way in ways:  # an override replaces all that the file says below it
+            if way in self.overrides:
+                return f"override '{self.overrides[way]}'"
+        lines = (f"{self.name}:{self.lines[way]}" for way in ways if way in self.lines)
+        return next(lines, self.name)
 
     def error(self, key: str, message: str) -> RecipeError:
         """Build the error of one key."""

@@ -107,6 +107,11 @@ class SLTrainConfig(SparseConfig):
         return self.form == "pretrain"
 
     @property
+    def backward_only(self) -> dict[str, str]:
+        """Settings that need gradients, and what to set instead."""
+        return {"per_layer_updates": "false"} if self.per_layer_updates else {}
+
+    @property
     def suited_optimizer(self) -> str:
         """The Trainer's own: all values are of one age."""
         return "trainer"

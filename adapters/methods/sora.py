@@ -136,6 +136,11 @@ class SoRAConfig(PeftConfig):  # type: ignore[misc]
         return strengths_between(self.strength_path, self.strength, last, self.num_stages)
 
     @property
+    def backward_only(self) -> dict[str, str]:
+        """Settings that need gradients, and what to set instead: a noisy step opens any gate."""
+        return {"strength": "0"} if any(self.strengths()) else {}
+
+    @property
     def optimizer(self) -> str:
         """What the training arguments name: a gate needs no optimizer of its own."""
         return "trainer"

@@ -74,6 +74,11 @@ class SpielConfig(SparseConfig):
         """SM3 where its accumulators decide what is grown."""
         return "sm3" if self.growth == "momentum" else "adamw"
 
+    @property
+    def backward_only(self) -> dict[str, str]:
+        """Settings that need gradients, and what to set instead: a support moves by them."""
+        return {} if self.growth == "none" else {"growth": "none"}
+
     def schedule(self, total: int) -> Schedule:
         """Return when the support changes in a run of `total` updates."""
         return Schedule(

@@ -1,0 +1,78 @@
+"""The `zeroth_order:` section: fields of ZerothOrderConfig, and what cannot be joined with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sft.errors import unknown_name
+from sft.fields import check_fields, key_error
+from sft.optim.zeroth_order.config import OBJECTIVES, ZerothOrderConfig
+from sft.schema import Recipe
+from sft.trainable import build_method
+from sft.yaml_source import Source
+
+# Names of the training section that choose a first-order optimizer.
+_OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
+
+
+def resolve_zeroth_order(recipe: Recipe, source: Source) -> dict[str, Any] | None:
+    """Check the section; return it with every default filled in, or None where it is absent.
+
+    Args:
+        recipe: its `method` has been checked.
+        source: where the values were written.
+    """
+    if recipe.zeroth_order is None:
+        return None
+    fields = dict(recipe.zeroth_order)
+    objective = fields.get("objective", "loss")
+    if objective not in OBJECTIVES:  # a function has no name in YAML
+        text = unknown_name(str(objective), OBJECTIVES, kind="objective")
+        raise source.error("zeroth_order.objective", f"got {objective!r}: {text}")
+    check_fields(source, "zeroth_order", ZerothOrderConfig, fields)
+    if fields.get("seed") is None:
+        fields["seed"] = recipe.seed
+    known = {field.name for field in dataclasses.fields(ZerothOrderConfig)}
+    try:
+        config = ZerothOrderConfig(**fields)
+    except ValueError as error:
+        raise key_error(source, "zeroth_order", known, error) from error
+    _check_method(recipe, source)
+    _check_training(recipe, source)
+    return config.plain()
+
+
+def build_zeroth_order(section: dict[str, Any] | None) -> ZerothOrderConfig | None:
+    """Build the ZerothOrderConfig of a resolved section; None trains by backward passes."""
+    return None if section is None else ZerothOrderConfig(**section)
+
+
+def _check_method(recipe: Recipe, source: Source) -> None:
+    """Refuse settings of the method that only a backward pass can serve."""
+    config = build_method(recipe.method).config
+    for key, allowed in _backward_only(config).items():
+        value = getattr(config, key)
+        raise source.error(
+            f"method.{key}",
+            f"got {value!r}, which zeroth_order cannot serve; set {allowed}",
+        )
+
+
+def _backward_only(config: Any) -> dict[str, str]:
+    """Return the settings that need a backward pass, each with what to set instead."""
+    found = dict(getattr(config, "backward_only", {}))
+    if getattr(config, "optimizer", "auto") not in ("auto", "trainer"):
+        found["optimizer"] = "auto"
+    return found
+
+
+def _check_training(recipe: Recipe, source: Source) -> None:
+    """Refuse the choice of an optimizer that would not run."""
+    for key in _OPTIMIZER_KEYS:
+        if recipe.training.get(key) is not None:
+            raise source.error(
+                f"training.{key}",
+                "names an optimizer, and zeroth_order has its own rule; set "
+                "zeroth_order.update, and leave this out",
+            )
