@@ -1,0 +1,202 @@
+"""`displace` against its oracle, bit for bit, however the tensors are cut, laid out or grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft.kernels.displace import (
+    Drawn,
+    Magnitude,
+    Mask,
+    Random,
+    displace,
+    displace_reference,
+    draw_ahead,
+    mask_of,
+)
+from sft.kernels.noise import KINDS, TILE
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+PARAMETERS = [1, 2**32 - 1, 3, 4, 5]
+DRAWS = {
+    "one draw": [(5, 1e-2)],
+    "three draws": [(5, 1e-2), (2**63 + 6, -0.3), (7, 2.0)],
+    "no draw": [],
+    "a draw of 0": [(5, 0.0)],
+}
+MASKS: dict[str, Mask | None] = {
+    "all": None,
+    "small": Magnitude(0.5),
+    "random": Random(9, 0.3),
+}
+
+
+def tensors(dtype: torch.dtype) -> list[Tensor]:
+    """A matrix, a scalar, a vector, a transposed matrix of many tiles, an empty one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(100, 130), (), (37,), (300, 1000), (0, 4)]
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    made[3] = made[3].t()
+    made[0][0, :4] = torch.tensor([0.0, -0.0, 0.5, -0.5])
+    return made
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Equal in every bit: -0 is not 0."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    bits = [t.contiguous().view(-1).view(integers) for t in (left, right)]
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("draws", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("decay", [0.0, 0.1], ids=["", "decay"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_it_is_the_oracle(
+    kind: str, dtype: torch.dtype, draws: list[tuple[int, float]], decay: float, mask: Mask | None
+) -> None:
+    weights = tensors(dtype)
+    options = {"kind": kind, "decays": [decay] * 5, "masks": [mask] * 5}
+    expected = [
+        displace_reference(w, p, draws, kind=kind, decay=decay, mask=mask)
+        for w, p in zip(weights, PARAMETERS, strict=True)
+    ]
+    together = displace(weights, PARAMETERS, draws, **options)
+    ahead = draw_ahead([5, 7], PARAMETERS[:3], [w.numel() for w in weights[:3]], kind)
+    prepared = displace(weights, PARAMETERS, draws, **options, drawn=ahead)
+    in_place = [w.clone() for w in weights]
+    returned = displace(in_place, PARAMETERS, draws, **options, out=in_place)
+    assert all(map(Tensor.is_set_to, returned, in_place))
+    for found in (together, prepared, in_place):
+        assert all(map(same, found, expected))
+
+
+def test_where_the_mask_is_0_the_bits_are_kept() -> None:
+    """M1, M5: the set is that of the weights read, whatever the sign and size of the move."""
+    for dtype in DTYPES:
+        weights = tensors(dtype)
+        for mask in (Magnitude(0.5), Random(9, 0.3)):
+            for c in (-1e-3, 1e-3, 0.7):
+                options = {"masks": [mask] * 5, "decays": [0.01] * 5}
+                moved = displace(weights, PARAMETERS, [(8, c)], **options)
+                for w, m, p in zip(weights, moved, PARAMETERS, strict=True):
+                    chosen = mask_of(w, p, mask)
+                    assert same(w[~chosen], m[~chosen])
+                    if c == 0.7:
+                        assert (w != m)[chosen].all()
+
+
+def test_magnitudes_at_the_threshold_are_chosen() -> None:
+    for dtype in DTYPES:
+        edge = torch.tensor(0.1, dtype=dtype)
+        weights = torch.stack(
+            [edge, -edge, torch.nextafter(edge.float(), edge.float() * 2).to(dtype)]
+        )
+        weights[2] = edge * (1 + 2 * torch.finfo(dtype).eps)
+        moved = displace([weights], [1], [(1, 1.0)], masks=[Magnitude(edge.item())])[0]
+        assert (moved != weights).tolist() == [True, True, False]
+
+
+def test_any_group_any_cut() -> None:
+    """Alone, among others, in many draws' larger blocks: the same bits."""
+    weights = [
+        torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (700_001, 9, TILE)
+    ]
+    draws = [(key, 1e-3 * key) for key in range(1, 12)]
+    together = displace(weights, [1, 2, 3], draws)
+    for w, p, m in zip(weights, [1, 2, 3], together, strict=True):
+        assert same(displace([w], [p], draws)[0], m)
+        one_by_one = w
+        assert same(displace_reference(one_by_one, p, draws), m)
+
+
+def test_back_and_forth_differs_but_candidate_and_update_agree() -> None:
+    """A candidate's weights are those of the update to it: both are one rounding of one sum."""
+    weights = tensors(torch.bfloat16)
+    candidate = displace(weights, PARAMETERS, [(3, 0.01)])
+    update = [w.clone() for w in weights]
+    displace(update, PARAMETERS, [(3, 0.01)], out=update)
+    assert all(map(same, candidate, update))
+    there = displace(weights, PARAMETERS, [(3, -0.01)])
+    back = displace(there, PARAMETERS, [(3, 0.01)])
+    assert not all(map(same, back, weights))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_random_mask_has_its_share(share: float) -> None:
+    """M8: a share of s leaves 1 - s untouched; a thresholded normal would leave Phi of it."""
+    weight = torch.ones(1000, 2000)
+    moved = displace([weight], [7], [(1, 0.5)], masks=[Random(11, share)])[0]
+    assert (moved != weight).double().mean().item() == pytest.approx(share, abs=0.002)
+
+
+def test_random_masks_of_two_parameters_and_two_keys_differ() -> None:
+    weight = torch.ones(2**18)
+    one = mask_of(weight, 1, Random(1, 0.5)).double() - 0.5
+    for other in (mask_of(weight, 2, Random(1, 0.5)), mask_of(weight, 1, Random(2, 0.5))):
+        assert abs((one * (other.double() - 0.5)).mean()) < 4 * 0.25 / 2**9
+
+
+def test_a_mask_is_not_made_of_the_noise_it_masks() -> None:
+    """The masks' stream is another one, even under the same key."""
+    weight = torch.zeros(2**18)
+    z = displace([weight], [1], [(1, 1.0)], kind="gaussian_table")[0]
+    chosen = mask_of(weight, 1, Random(1, 0.5))
+    assert abs(z[chosen].mean()) < 4 / 2**8.5
+
+
+def test_no_large_temporary_in_place(largest_tensor: Callable[[Callable[[], object]], int]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.ones(1500, 2000, dtype=dtype)
+        strided = torch.ones(2000, 1500, dtype=dtype).t()
+        options = {"decays": [0.1, 0.1], "masks": [Magnitude(2.0)] * 2}
+
+        def run() -> None:
+            displace([weight, strided], [1, 2], [(1, 0.1)], out=[weight, strided], **options)
+
+        # the flat view of the weight itself is as large as the weight
+        assert largest_tensor(run) == weight.numel() * weight.element_size()
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    """Z8."""
+    before = torch.get_rng_state()
+    displace(tensors(torch.float32), PARAMETERS, [(1, 1.0)], kind="gaussian")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"parameters": [1]}, "parameters: got 1, allowed is one for each of 2"),
+        ({"decays": [0.1]}, "decays: got 1, allowed is one for each of 2"),
+        ({"masks": [None]}, "masks: got 1, allowed is one for each of 2"),
+        ({"out": [torch.ones(3)]}, "out: got 1, allowed is one for each of 2"),
+        ({"out": [torch.ones(3), torch.ones(4)]}, "out: got .* allowed is shaped like its weight"),
+        ({"weights": [torch.ones(3, dtype=torch.int8)] * 2}, "weights: got torch.int8, allowed"),
+        ({"kind": "uniform"}, "noise: got 'uniform', allowed is one of"),
+        ({"drawn": Drawn("gaussian", {})}, "drawn: got words for 'gaussian', allowed is noise"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(changed: dict[str, object], message: str) -> None:
+    given = {"weights": [torch.ones(3)] * 2, "parameters": [1, 2], "draws": [(1, 1.0)]}
+    with pytest.raises(ValueError, match=message):
+        displace(**(given | changed))
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
+def test_a_threshold_is_a_magnitude(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold: got .*, allowed is a finite number >= 0"):
+        Magnitude(threshold)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 1.5])
+def test_a_share_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match="share: got .*, allowed is"):
+        Random(1, share)
