@@ -16,7 +16,10 @@ from sft.optim.zeroth_order.trained import Trained
 
 FORMAT = 1
 # what decides where the updates of a log lead, beside the trained set
-DECISIVE = ("seed", "noise", "update", "mode", "queries", "log_dtype", "momentum", "betas")
+DECISIVE = (
+    "seed", "noise", "update", "mode", "queries", "sparsity", "mask", "log_dtype", "momentum",
+    "betas",
+)  # fmt: skip
 
 
 def describe(
@@ -98,11 +101,6 @@ def difference(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
         for what, a, b in zip(("shape", "dtype", "group"), row[1:4], mine[name][1:4], strict=True):
             if a != b:
                 return f"trained set: {name} has {what} {b}, in the saved run {a}"
-        if _kind(row[4]) != _kind(mine[name][4]):
-            return (
-                f"sparsity: {name} has {_kind(mine[name][4])}, in the saved run {_kind(row[4])}; "
-                "set sparsity and mask as they were"
-            )
     return None
 
 
@@ -156,12 +154,6 @@ def _plain_mask(mask: Mask | None) -> Any:
     if mask is None:
         return None
     return [mask.key, mask.share] if isinstance(mask, Random) else mask.threshold
-
-
-def _kind(mask: Any) -> str:
-    if isinstance(mask, (list, tuple)):
-        return f"a random mask of share {mask[1]:g} and key {mask[0]}"
-    return "no mask" if mask is None else "a magnitude mask"
 
 
 def _some(names: Sequence[str]) -> str:
