@@ -16,6 +16,7 @@ _HOMES = {
     "SparseTrainer": "sft.trainer",
     "SparseTrainingMixin": "sft.trainer",
     "SparseCallback": "sft.driver",
+    "ZerothOrderConfig": "sft.optim.zeroth_order.config",
     "SpielConfig": "sft.adapters.methods.spiel",
     "S2FTConfig": "sft.adapters.methods.s2ft",
     "SoRAConfig": "sft.adapters.methods.sora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from sft.driver import SparseCallback
 from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
+from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.parameter_groups import split_groups
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
+from sft.zeroth_order import ZerothOrder
 
 if TYPE_CHECKING:
     # TRL's trainers derive from this one too
@@ -40,14 +43,22 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
     whole, and leaves the base weights as they were whatever ends the training. All settings of the
     method live in its PEFT configuration.
+
+    Args:
+        *args: passed on.
+        zeroth_order: train by forward passes alone, whatever is trained; see `ZerothOrderConfig`.
+        **kwargs: passed on.
     """
 
     sparse_callback: SparseCallback
+    zeroth_order: ZerothOrder | None = None
     optimizer: Any
     lr_scheduler: Any
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, zeroth_order: ZerothOrderConfig | None = None, **kwargs: Any
+    ) -> None:
         known = set(getattr(kwargs.get("model", args[0] if args else None), "peft_config", ()))
         super().__init__(*args, **kwargs)
         if known and "ref" not in known:
@@ -57,6 +68,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         if not given:
             self.add_callback(self.sparse_callback)
         self.sparse_callback.adds_loss_terms = True
+        self.zeroth_order = None if zeroth_order is None else ZerothOrder(self, zeroth_order)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -71,7 +83,8 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         Raises:
             ValueError: there is no whole checkpoint to resume from.
         """
-        if resume_from_checkpoint is True and sparse_tuner(self.model) is not None:
+        marked = sparse_tuner(self.model) is not None or self.zeroth_order is not None
+        if resume_from_checkpoint is True and marked:
             folder = last_whole_checkpoint(Path(self.args.output_dir))
             if folder is None:
                 raise ValueError(
@@ -79,12 +92,19 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
                 )
             resume_from_checkpoint = str(folder)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._zeroth_order_training(resumed=bool(resume_from_checkpoint)):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.sparse_callback.finish(self.model)
 
+    def _zeroth_order_training(self, *, resumed: bool) -> AbstractContextManager[None]:
+        return self.zeroth_order.training(resumed=resumed) if self.zeroth_order else nullcontext()
+
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Create the optimizer that the method asks for, unless one was given or named."""
+        if self.zeroth_order is not None:
+            self.optimizer = self.zeroth_order.optimizer(self.optimizer)
+            return self.optimizer
         tuner = sparse_tuner(self.model)
         given = self.optimizer_cls_and_kwargs
         if tuner is not None and given is None:
@@ -118,6 +138,9 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         """Log, beside the loss, what the method shows."""
         if "loss" in logs:
             logs |= self.sparse_callback.metrics()
+            if self.zeroth_order is not None:
+                logs.pop("grad_norm", None)  # of gradients that do not exist
+                logs |= self.zeroth_order.metrics()
         super().log(logs, *args, **kwargs)
 
     def compute_loss(
@@ -128,7 +151,29 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the loss; in training, with the terms that the method adds to it."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        estimated = self.zeroth_order is not None and not return_outputs
+        if not (estimated and model.training and torch.is_grad_enabled()):
+            return self._loss_with_terms(model, inputs, return_outputs, num_items_in_batch)
+        assert self.zeroth_order is not None
+        objective = self.zeroth_order.objective(model, inputs)
+
+        def evaluate() -> Any:
+            # a copy, as TRL's trainers take keys out of their inputs
+            return self._loss_with_terms(model, dict(inputs), False, num_items_in_batch)
+
+        micro_batches = self.current_gradient_accumulation_steps
+        scaled = self._is_scaled(num_items_in_batch)
+        scale = 1.0 if scaled and objective is None else 1 / micro_batches
+        value = self.zeroth_order.loss(objective or evaluate, scale)
+        shown = value if scaled else value * micro_batches  # the Trainer divides by them again
+        # a leaf: backward ends where it begins
+        return torch.tensor(shown, device=self.args.device, requires_grad=True)
+
+    def _loss_with_terms(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, count: Any
+    ) -> Any:
+        """Return the trainer's own loss and what the method adds to it in training."""
+        found = super().compute_loss(model, inputs, return_outputs, count)
         tuner = sparse_tuner(self.model)
         if tuner is None or not model.training:
             return found
@@ -136,13 +181,17 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         if not terms:
             return found
         # once an update: the Trainer divides by the micro-batches a loss that is a mean over each
+        term = torch.stack(terms).sum()
+        term = term / self.current_gradient_accumulation_steps if self._is_scaled(count) else term
+        return (found[0] + term, *found[1:]) if return_outputs else found + term
+
+    def _is_scaled(self, count: Any) -> bool:
+        """Whether the losses of the micro-batches add up to that of the update."""
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            counted = self.model_accepts_loss_kwargs and count is not None
             scaled = counted or self.compute_loss_func is not None
-        term = torch.stack(terms).sum()
-        term = term / self.current_gradient_accumulation_steps if scaled else term
-        return (found[0] + term, *found[1:]) if return_outputs else found + term
+        return bool(scaled)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

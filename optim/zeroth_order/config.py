@@ -108,8 +108,21 @@ class ZerothOrderConfig:
         _require(known, "objective", self, f"one of {', '.join(OBJECTIVES)}, or a function")
         _require(_count(self.max_skipped, 1), "max_skipped", self, "an integer >= 1")
         _require(self.seed is None or _count(self.seed, 0), "seed", self, "an integer >= 0 or null")
-        if self.update == "conservative" and self.mode == "reference":
-            raise ValueError("mode: got 'reference' with update='conservative'; use mode='exact'")
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        """Refuse what a mode that writes to the weights cannot do."""
+        if self.mode != "exact" and self.sparsity > 0 and self.mask == "magnitude":
+            raise ValueError(
+                f"mode: got {self.mode!r} with a magnitude mask, which has to be read from "
+                "unperturbed weights; use mode='exact' or mask='random'"
+            )
+        authors = (self.estimator, self.queries, self.update, self.sparsity)
+        if self.mode == "reference" and authors != ("two_side", 1, "sgd", 0):
+            raise ValueError(
+                "mode: 'reference' is the authors' loop, with estimator='two_side', queries=1, "
+                "update='sgd' and sparsity=0 alone; use mode='exact' for anything else"
+            )
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as JSON takes them; a function by its name."""

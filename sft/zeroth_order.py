@@ -1,0 +1,279 @@
+"""Zeroth-order training inside any transformers Trainer: forward passes in place of backward."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from sft.adapters.calibrate import calibrate, pending_adapters
+from sft.adapters.resident import sync_resident
+from sft.identity import sparse_tuner
+from sft.objectives import NAMED
+from sft.optim.zeroth_order.config import ZerothOrderConfig
+from sft.optim.zeroth_order.engine import ALONE, Engine, Processes
+from sft.optim.zeroth_order.exact import ExactMode
+from sft.optim.zeroth_order.inplace import InplaceMode
+from sft.optim.zeroth_order.keys import step_key
+from sft.optim.zeroth_order.modes import Mode, nothing
+from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
+from sft.optim.zeroth_order.reference import ReferenceMode
+from sft.optim.zeroth_order.trained import trained_set
+from sft.randomness import own_randomness
+from sft.zeroth_order_checks import check_run, check_trained
+
+# what TRL's trainers count while they compute a loss; a second evaluation must not count again
+COUNTERS = ("_metrics", "_total_train_tokens")
+HALF = (torch.float16, torch.bfloat16)
+
+
+class ZerothOrder:
+    """What a trainer does differently when it trains by forward passes alone.
+
+    Its `compute_loss` evaluates both sides and returns their mean as a leaf: the loop, its
+    callbacks, accumulation and schedules go on as ever, backward finds nothing to do, and the
+    optimizer's step applies what was estimated.
+
+    Args:
+        trainer: a SparseTrainingMixin, constructed.
+        config: of the run.
+
+    Raises:
+        ValueError: the trainer's arguments ask for what has no meaning without gradients.
+    """
+
+    def __init__(self, trainer: Any, config: ZerothOrderConfig) -> None:
+        self.trainer, self.config = trainer, config
+        self._parameters: list[tuple[str, nn.Parameter]] = []
+        self._engine: Engine | None = None
+        self._micro_batches = 0
+        check_run(trainer, config)
+
+    @property
+    def seed(self) -> int:
+        """Of the directions."""
+        given = self.config.seed
+        return int(self.trainer.args.seed if given is None else given)
+
+    @contextmanager
+    def training(self, *, resumed: bool) -> Iterator[None]:
+        """Freeze the trained set while the trainer runs: nothing wraps it for gradients."""
+        model = self.trainer.model
+        if not resumed:
+            self._calibrate(model)
+        self._parameters = _trainable(model)
+        check_trained(self.trainer, self.config, self._parameters)
+        for _, parameter in self._parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = None
+            for _, parameter in self._parameters:
+                parameter.requires_grad_(True)
+
+    def optimizer(self, given: Any = None) -> Any:
+        """Return an optimizer of the trained set as it is now, or the one that was made before.
+
+        Raises:
+            ValueError: the trainer was given an optimizer of gradients.
+        """
+        if given is not None:
+            _stepping(given)
+            return given
+        parameters = self._parameters or _trainable(self.trainer.model)
+        trained = trained_set(parameters, self.config, self.seed)
+        groups = _groups(self.trainer, [(t.name, t.parameter) for t in trained])
+        model = self.trainer.model
+        several = self.trainer.accelerator.num_processes if self.config.parallel == "queries" else 1
+        return ZerothOrderOptimizer(
+            groups,
+            trained,
+            self.config,
+            self.seed,
+            queries=self.config.queries * several,
+            model_size=sum(p.numel() for p in model.parameters()),
+        )
+
+    def loss(self, evaluate: Callable[[], Any], scale: float) -> float:
+        """Evaluate a micro-batch at displaced weights; with the last one the update is proposed.
+
+        Args:
+            evaluate: returns the loss of the micro-batch as the weights stand.
+            scale: its part in the loss of the update.
+
+        Returns:
+            its loss times `scale`: the mean of what was evaluated.
+        """
+        optimizer = _stepping(self.trainer.optimizer)
+        self._micro_batches += 1
+        place = (self._micro_batches, self.trainer.args.process_index)
+        seed = step_key(step_key(self.seed, *place), optimizer.updates, 0)
+        first = chain((True,), repeat(False))
+
+        def once(count: bool | None = None) -> float:
+            with self._undisturbed(seed, count=next(first) if count is None else count):
+                value = float(torch.as_tensor(evaluate()).detach().double())
+            return value * scale
+
+        if self._engine is None:
+            self._engine = self._start(optimizer, partial(once, count=False))
+        last = self.trainer.accelerator.sync_gradients
+        value = self._engine.evaluate(once, last=last)
+        if last:
+            self._micro_batches = 0
+        return value
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the log shows besides the loss."""
+        if self._engine is None:
+            return {}
+        gradients = self._engine.last_gradients
+        mean = math.fsum(map(abs, gradients)) / len(gradients) if gradients else math.nan
+        skipped = _stepping(self.trainer.optimizer).skipped
+        return {"projected_gradient": mean, "skipped_updates": skipped}
+
+    def objective(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any] | None:
+        """Return what evaluates the objective on a batch, or None for the trainer's own loss."""
+        chosen = self.config.objective
+        if chosen == "loss":
+            return None
+        function = chosen if callable(chosen) else NAMED[chosen]
+        return lambda: function(model, dict(inputs))
+
+    def _start(self, optimizer: ZerothOrderOptimizer, once: Callable[[], float]) -> Engine:
+        """Set the mode up, on the first micro-batch: it shows where the model reads."""
+        model = self.trainer.model
+        after = nothing if sparse_tuner(model) is None else partial(sync_resident, model)
+        config, trained = self.config, optimizer.trained
+        mode: Mode
+        if config.mode == "exact":
+            mode = ExactMode(model, trained, config.noise, once, after)
+        elif config.mode == "inplace":
+            mode = InplaceMode(trained, config.noise, after)
+        else:
+            mode = ReferenceMode(trained, config.eps, after)
+        return Engine(config, optimizer, mode, _processes(self.trainer))
+
+    @contextmanager
+    def _undisturbed(self, seed: int, *, count: bool) -> Iterator[None]:
+        """Evaluate without gradients, as every other evaluation of this micro-batch."""
+        model = self.trainer.model
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(own_randomness(seed))
+            stack.enter_context(nullcontext() if self.config.dropout else _evaluating(model))
+            stack.enter_context(nullcontext() if count else _uncounted(self.trainer))
+            if any(p.dtype in HALF for p in model.parameters()):
+                stack.enter_context(_FullPrecisionLosses())
+            yield
+
+    def _calibrate(self, model: nn.Module) -> None:
+        """Choose supports that a batch decides, while gradients may still be asked for."""
+        for name in pending_adapters(model):
+            with torch.random.fork_rng():
+                calibrate(model, self.trainer.get_train_dataloader(), name)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _groups(trainer: Any, parameters: Sequence[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Return torch groups: with weight decay, without it, and those that an adapter asks for."""
+    args, tuner = trainer.args, sparse_tuner(trainer.model)
+    known = {id(p) for _, p in parameters}
+    special = []
+    for name in tuner.active_adapters if tuner is not None else ():
+        assert tuner is not None
+        special += tuner.parameter_groups(name, args.learning_rate)
+    special = [g | {"params": [p for p in g["params"] if id(p) in known]} for g in special]
+    taken = {id(p) for group in special for p in group["params"]}
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    rest = [(name in decayed, p) for name, p in parameters if id(p) not in taken]
+    plain = [
+        {"params": [p for with_decay, p in rest if with_decay is wanted], "weight_decay": decay}
+        for wanted, decay in ((True, args.weight_decay), (False, 0.0))
+    ]
+    default = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    return [default | group for group in [*plain, *special] if group["params"]]
+
+
+def _processes(trainer: Any) -> Processes:
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        return ALONE
+
+    def exchange(numbers: Sequence[float]) -> list[list[float]]:
+        mine = torch.tensor([list(numbers)], dtype=torch.float64, device=accelerator.device)
+        rows: list[list[float]] = accelerator.gather(mine).tolist()
+        return rows
+
+    return Processes(accelerator.process_index, accelerator.num_processes, exchange)
+
+
+def _stepping(optimizer: Any) -> ZerothOrderOptimizer:
+    """Return our optimizer below accelerate's wrapper."""
+    found = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(found, ZerothOrderOptimizer):
+        raise ValueError(
+            f"optimizers: got a {type(found).__name__}, which needs gradients; leave it out, "
+            "zeroth_order.update names the rule"
+        )
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off below the model; the model itself still says that it trains."""
+    switched = [m for m in model.modules() if m is not model and m.training]
+    for module in switched:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.training = True
+
+
+@contextmanager
+def _uncounted(trainer: Any) -> Iterator[None]:
+    """Leave a trainer's own counters as they were."""
+    kept = {key: copy.deepcopy(vars(trainer)[key]) for key in COUNTERS if key in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+class _FullPrecisionLosses(TorchFunctionMode):
+    """Takes a loss of half-precision logits in fp32: in bf16 it has steps of 0.004."""
+
+    LOSSES = (
+        functional.cross_entropy, functional.nll_loss, functional.mse_loss, functional.l1_loss,
+        functional.smooth_l1_loss, functional.binary_cross_entropy_with_logits,
+        functional.log_softmax, functional.kl_div,
+    )  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.LOSSES:
+            args = tuple(_widened(value) for value in args)
+            kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
