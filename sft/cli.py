@@ -108,7 +108,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or of a delta.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
     base: Annotated[
         str | None, typer.Option("--base", help="The model it was trained on; default: as saved.")
@@ -139,11 +139,15 @@ def export(
         if uniform_rank and form != "lora":
             raise UserError("--uniform-rank: only a LoRA has ranks; pass --format lora as well")
         from sft.export_adapter import export_adapter, export_adapter_as_lora
+        from sft.export_delta import export_delta, is_delta
         from sft.quiet import quiet_libraries
 
         quiet_libraries()
+        if form == "lora" and is_delta(adapter):
+            raise UserError("--format: got lora; a delta has no low rank, take merged")
         if form == "merged":
-            difference = export_adapter(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
+            write = export_delta if is_delta(adapter) else export_adapter
+            difference = write(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
             print(f"{to}: written; reloaded, max |logit difference| {difference:g}")
             return
         ranks, difference = export_adapter_as_lora(
@@ -159,6 +163,49 @@ def env() -> None:
     from sft.environment import report
 
     print(report())
+
+
+@app.command()
+def replay(
+    log: Annotated[Path, typer.Argument(help="The log of a zeroth-order run, or its run folder.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model it started from; default: as logged.")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option("--until", metavar="STEP", help="Stop after so many updates.")
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="merged: a stock model; adapter; delta: changed weights."),
+    ] = "merged",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", help="Where to compute.")] = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a filled folder.")
+    ] = False,
+) -> None:
+    """Rebuild the weights of a zeroth-order run from its base and its log, bit for bit.
+
+    Examples:
+        sft replay runs/mezo --to merged
+
+        sft replay runs/mezo --until 500 --to earlier
+    """
+    with user_errors():
+        from sft.quiet import quiet_libraries
+
+        quiet_libraries()
+        from sft.replay import replay as rebuild
+
+        done = rebuild(
+            log, to=to, base=base, until=until, form=form, dtype=dtype, device=device,
+            overwrite=overwrite,
+        )  # fmt: skip
+        proof = "; the weights are the run's, bit for bit" if done.proven else ""
+        print(f"{to}: {done.updates} updates replayed, {done.detail}{proof}")
 
 
 @recipes_app.command("list")

@@ -47,6 +47,45 @@ def export_merged(
     return merged
 
 
+def export_checked(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None
+) -> float:
+    """Merge, write, reload with stock transformers, and compare logits on a sentence.
+
+    Args:
+        model: As for `export_merged`.
+        tokenizer: As for `export_merged`.
+        folder: As for `export_merged`.
+        dtype: Cast the merged weights, default: as they are.
+
+    Returns:
+        The largest |logit difference| between the reloaded model and the one in memory.
+
+    Raises:
+        UserError: It is larger than merging explains.
+    """
+    batches = [probe(tokenizer)]
+    expected = trained_logits(model, batches)
+    bound = merging_bound(model, expected)
+    merged = merge(model, dtype)
+    if dtype is not None:  # rounding the weights is what was asked for: compare what was rounded
+        expected, bound = logits_of(merged, batches), 0.0
+    found: list[float] = []
+
+    def check(path: Path) -> None:
+        found.append(verify_merged(path, batches, expected, bound=bound))
+
+    export_merged(merged, tokenizer, folder, check=check)
+    return found[0]
+
+
+def probe(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Encode a sentence to compare logits on."""
+    text = "The quick brown fox jumps over the lazy dog."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Merge an adapter into its base, in place, and cast the result when asked."""
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -8,14 +8,7 @@ from typing import Any
 import torch
 
 from sft.errors import UserError, one_line
-from sft.export import (
-    export_merged,
-    logits_of,
-    merge,
-    merging_bound,
-    trained_logits,
-    verify_merged,
-)
+from sft.export import export_checked, probe, trained_logits
 from sft.export_lora import export_lora, lora_bound, verify_lora
 from sft.models import load_model, load_tokenizer
 from sft.schema import ModelSpec
@@ -40,20 +33,7 @@ def export_adapter(
         The largest |logit difference| between the reloaded model and the one in memory.
     """
     tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
-    batches = [_probe(tokenizer)]
-    expected = trained_logits(model, batches)
-    bound = merging_bound(model, expected)
-    merged = merge(model, cast)
-    if cast is not None:  # rounding the weights is what was asked for: compare what was rounded
-        expected, bound = logits_of(merged, batches), 0.0
-    found: list[float] = []
-    export_merged(
-        merged,
-        tokenizer,
-        to,
-        check=lambda path: found.append(verify_merged(path, batches, expected, bound=bound)),
-    )
-    return found[0]
+    return export_checked(model, tokenizer, to, cast)
 
 
 def export_adapter_as_lora(
@@ -79,7 +59,7 @@ def export_adapter_as_lora(
         The rank of each module, and the largest |logit difference|.
     """
     tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
-    batches = [_probe(tokenizer)]
+    batches = [probe(tokenizer)]
     expected = trained_logits(model, batches)
     bound = lora_bound(model, expected, cast)
     found: list[float] = []
@@ -143,10 +123,3 @@ def _adapted(adapter: Path, spec: ModelSpec) -> Any:
         raise UserError(
             f"{adapter}: does not fit the base {spec.name}: {one_line(error)[:300]}"
         ) from error
-
-
-def _probe(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Encode a sentence to compare logits on."""
-    text = "The quick brown fox jumps over the lazy dog."
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

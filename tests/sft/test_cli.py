@@ -44,7 +44,7 @@ def test_the_module_runs_as_a_command():
         [sys.executable, "-m", "sft", "--help"], capture_output=True, text=True, check=True
     )
     assert time.monotonic() - began < 20
-    for command in ("train", "validate", "export", "recipes", "env"):
+    for command in ("train", "validate", "export", "replay", "recipes", "env"):
         assert command in found.stdout
 
 
