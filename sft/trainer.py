@@ -29,6 +29,7 @@ from sft.parameter_groups import split_groups
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
 from sft.zeroth_order import ZerothOrder
+from sft.zeroth_order_log import ZerothOrderLogCallback
 
 if TYPE_CHECKING:
     # TRL's trainers derive from this one too
@@ -68,7 +69,9 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         if not given:
             self.add_callback(self.sparse_callback)
         self.sparse_callback.adds_loss_terms = True
-        self.zeroth_order = None if zeroth_order is None else ZerothOrder(self, zeroth_order)
+        if zeroth_order is not None:
+            self.zeroth_order = ZerothOrder(self, zeroth_order)
+            self.add_callback(ZerothOrderLogCallback())
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
