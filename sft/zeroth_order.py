@@ -20,7 +20,7 @@ from sft.adapters.resident import sync_resident
 from sft.identity import sparse_tuner
 from sft.objectives import NAMED
 from sft.optim.zeroth_order.config import ZerothOrderConfig
-from sft.optim.zeroth_order.engine import ALONE, Engine, Processes
+from sft.optim.zeroth_order.engine import Engine
 from sft.optim.zeroth_order.exact import ExactMode
 from sft.optim.zeroth_order.inplace import InplaceMode
 from sft.optim.zeroth_order.keys import step_key
@@ -30,6 +30,7 @@ from sft.optim.zeroth_order.reference import ReferenceMode
 from sft.optim.zeroth_order.trained import trained_set
 from sft.randomness import own_randomness
 from sft.zeroth_order_checks import check_run, check_trained
+from sft.zeroth_order_processes import alike, processes
 
 # what TRL's trainers count while they compute a loss; a second evaluation must not count again
 COUNTERS = ("_metrics", "_total_train_tokens")
@@ -75,7 +76,8 @@ class ZerothOrder:
         for _, parameter in self._parameters:
             parameter.requires_grad_(False)
         try:
-            yield
+            with alike(self.trainer.accelerator, model):
+                yield
         finally:
             if self._engine is not None:
                 self._engine.close()
@@ -164,7 +166,7 @@ class ZerothOrder:
             mode = InplaceMode(trained, config.noise, after)
         else:
             mode = ReferenceMode(trained, config.eps, after)
-        return Engine(config, optimizer, mode, _processes(self.trainer))
+        return Engine(config, optimizer, mode, processes(self.trainer.accelerator))
 
     @contextmanager
     def _undisturbed(self, seed: int, *, count: bool) -> Iterator[None]:
@@ -208,19 +210,6 @@ def _groups(trainer: Any, parameters: Sequence[tuple[str, nn.Parameter]]) -> lis
     ]
     default = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     return [default | group for group in [*plain, *special] if group["params"]]
-
-
-def _processes(trainer: Any) -> Processes:
-    accelerator = trainer.accelerator
-    if accelerator.num_processes == 1:
-        return ALONE
-
-    def exchange(numbers: Sequence[float]) -> list[list[float]]:
-        mine = torch.tensor([list(numbers)], dtype=torch.float64, device=accelerator.device)
-        rows: list[list[float]] = accelerator.gather(mine).tolist()
-        return rows
-
-    return Processes(accelerator.process_index, accelerator.num_processes, exchange)
 
 
 def _stepping(optimizer: Any) -> ZerothOrderOptimizer:
