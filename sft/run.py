@@ -184,6 +184,7 @@ def _build_trainer(
     import datasets
     from transformers import PrinterCallback
 
+    from sft.mark_checkpoints import MarkCheckpoints
     from sft.supervised import SparseSFTTrainer
 
     arguments = build_arguments(recipe.training, recipe.seed)
@@ -195,7 +196,7 @@ def _build_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        callbacks=[report],
+        callbacks=[report] if config is not None else [report, MarkCheckpoints()],
         **({} if config is None else {"zeroth_order": config}),
     )
     trainer.remove_callback(PrinterCallback)

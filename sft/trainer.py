@@ -19,9 +19,10 @@ from transformers.trainer_utils import TrainOutput
 
 from sft.adapters.base import SparseTuner
 from sft.adapters.layer import sparse_layers
-from sft.checkpoint import check_whole, last_whole_checkpoint
+from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
 from sft.identity import sparse_tuner
+from sft.mark_checkpoints import MarkCheckpoints
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3, Positions
 from sft.optim.zeroth_order.config import ZerothOrderConfig
@@ -53,6 +54,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
 
     sparse_callback: SparseCallback
     zeroth_order: ZerothOrder | None = None
+    zeroth_order_log: ZerothOrderLogCallback
     optimizer: Any
     lr_scheduler: Any
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
@@ -71,7 +73,9 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         self.sparse_callback.adds_loss_terms = True
         if zeroth_order is not None:
             self.zeroth_order = ZerothOrder(self, zeroth_order)
-            self.add_callback(ZerothOrderLogCallback())
+            self.zeroth_order_log = ZerothOrderLogCallback()
+            self.add_callback(self.zeroth_order_log)
+            self.add_callback(MarkCheckpoints())
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -86,19 +90,26 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         Raises:
             ValueError: there is no whole checkpoint to resume from.
         """
-        marked = sparse_tuner(self.model) is not None or self.zeroth_order is not None
-        if resume_from_checkpoint is True and marked:
-            folder = last_whole_checkpoint(Path(self.args.output_dir))
-            if folder is None:
-                raise ValueError(
-                    f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint"
-                )
-            resume_from_checkpoint = str(folder)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_checkpoint()
         try:
             with self._zeroth_order_training(resumed=bool(resume_from_checkpoint)):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.sparse_callback.finish(self.model)
+
+    def _newest_checkpoint(self) -> str | bool:
+        """Return the newest whole checkpoint; True lets the Trainer choose among unmarked ones."""
+        folder = last_whole_checkpoint(Path(self.args.output_dir))
+        if folder is None and self._must_be_whole():
+            raise ValueError(
+                f"resume_from_checkpoint: {self.args.output_dir} holds no whole checkpoint"
+            )
+        return True if folder is None else str(folder)
+
+    def _must_be_whole(self) -> bool:
+        """Whether a stock Trainer's checkpoint, which has no mark, lacks what a run needs."""
+        return sparse_tuner(self.model) is not None or self.zeroth_order is not None
 
     def _zeroth_order_training(self, *, resumed: bool) -> AbstractContextManager[None]:
         return self.zeroth_order.training(resumed=resumed) if self.zeroth_order else nullcontext()
@@ -199,9 +210,13 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self._must_be_whole() or (folder / MARK).is_file():
+            check_whole(folder)
         if sparse_tuner(self.model) is not None:
-            check_whole(Path(resume_from_checkpoint))
-            self.sparse_callback.resume_from_checkpoint = resume_from_checkpoint
+            self.sparse_callback.resume_from_checkpoint = folder
+        if self.zeroth_order is not None:
+            self.zeroth_order_log.resumed_from = folder
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 

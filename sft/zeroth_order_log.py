@@ -1,4 +1,4 @@
-"""What a zeroth-order run leaves behind: its log, its start, checkpoints known to be whole."""
+"""What a zeroth-order run leaves behind: its log, and its start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sft.checkpoint import save_state
 from sft.folder import ZEROTH_ORDER
-from sft.identity import sparse_tuner
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.whole import written_whole
 
 LOG, START = "log.safetensors", "start"
-PACKAGES = ("sparse-sft", "torch", "transformers", "accelerate")
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +26,10 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
     """Writes `output_dir/zeroth_order`, from which `sft replay` rebuilds the trained weights.
 
     `log.safetensors` is written with every log line of the Trainer and at the end; `start/` holds
-    the adapter as it was before the first update, where there is one. Checkpoints of models
-    without a sparse adapter get the mark of a whole one; the others have it from SparseCallback.
+    the adapter as it was before the first update, where there is one.
     """
+
+    resumed_from: Path | None = None  # set by a trainer that resumes
 
     def on_train_begin(
         self,
@@ -61,7 +58,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
                 with written_whole(folder / START) as temporary:
                     model.save_pretrained(temporary)  # type: ignore[operator]
         elif adapted and not (folder / START).is_dir():
-            _bring_start(folder, args.resume_from_checkpoint)
+            _bring_start(folder, self.resumed_from)
         stock.log.header["end_sha"] = None
 
     def on_log(
@@ -75,24 +72,6 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         """Write the log of the updates so far."""
         if state.is_world_process_zero and optimizer is not None:
             _unwrap(optimizer).log.save(_folder(args) / LOG)
-
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **_: Any,
-    ) -> None:
-        """Mark the checkpoint as a whole one."""
-        if sparse_tuner(model) is not None or not args.should_save:
-            return
-        notes = {
-            "step": state.global_step,
-            "versions": {name: version(name) for name in PACKAGES},
-            "resumable": not args.save_only_model,
-        }
-        save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", {}, notes)
 
     def on_train_end(
         self,
@@ -125,10 +104,10 @@ def weights_sha(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _bring_start(folder: Path, checkpoint: str | None) -> None:
+def _bring_start(folder: Path, checkpoint: Path | None) -> None:
     """Copy the start of the run that a checkpoint of another folder belongs to."""
-    found = Path(checkpoint).parent / ZEROTH_ORDER / START if checkpoint else None
-    if found is not None and found.is_dir():
+    found = (checkpoint or folder).parent / ZEROTH_ORDER / START
+    if found.is_dir():
         shutil.copytree(found, folder / START)
         return
     logger.warning(

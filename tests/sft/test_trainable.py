@@ -159,3 +159,12 @@ def test_each_name_has_one_owner() -> None:
     for name in ours():
         assert kind_of(name).__name__ == "SparseAdapter"
     assert kind_of("lora").__name__ == "StockAdapter"
+
+
+def test_an_interrupted_run_of_the_model_itself_goes_on(go, tmp_path) -> None:
+    steps = ("training.save_strategy=steps", "training.save_steps=2")
+    whole = go("{name: full}", *steps)
+    (tmp_path / "run/checkpoint-4/sft_state.json").unlink()  # as if it had been cut short
+    resumed = go("{name: full}", *steps, "training.resume_from_checkpoint=auto")
+    assert resumed.after == whole.after
+    assert (tmp_path / "run/checkpoint-4/sft_state.json").is_file()
