@@ -211,17 +211,18 @@ def test_another_safetensors_file_and_a_foreign_header_are_refused(tmp_path: Pat
         ZerothOrderLog.load(path)
 
 
+@pytest.mark.parametrize("failing", ["pathlib.Path.write_bytes", "os.replace"])
 def test_a_write_that_fails_leaves_the_former_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     path = tmp_path / "log.safetensors"
     filled(ROWS).save(path)
     before = path.read_bytes()
 
-    def full(_: Path, content: bytes) -> None:
+    def full(*_: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(failing, full)
     with pytest.raises(OSError, match="no space"):
         filled(ROWS[:1]).save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

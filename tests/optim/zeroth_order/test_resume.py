@@ -251,6 +251,7 @@ def test_a_run_under_way_keeps_its_thresholds() -> None:
     [
         (lambda state: state.pop("zeroth_order"), "is of no zeroth-order run"),
         (lambda state: state["zeroth_order"]["header"].update(format=9), "its format is 9"),
+        (lambda state: state["zeroth_order"]["header"].pop("noise"), "its header lacks noise"),
         (lambda state: state["zeroth_order"]["log"]["lengths"].add_(1), "lengths do not sum"),
     ],
 )
