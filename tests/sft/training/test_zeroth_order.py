@@ -59,8 +59,11 @@ def losses(trainer) -> list[float]:
 
 @pytest.mark.parametrize("mode", ["exact", "inplace", "reference"])
 def test_a_whole_model_learns_in_every_mode(train, mode) -> None:
-    queries, steps = (1, 120) if mode == "reference" else (4, 50)
-    trainer = train(mode=mode, max_steps=steps, learning_rate=4e-3, queries=queries)
+    queries, steps, lr = (1, 160, 1e-3) if mode == "reference" else (4, 50, 4e-3)
+    trainer = train(
+        mode=mode, max_steps=steps, learning_rate=lr, queries=queries,
+        per_device_train_batch_size=16,
+    )  # fmt: skip
     assert np.mean(losses(trainer)[-10:]) < np.mean(losses(trainer)[:10]) - 0.06
     assert all(p.requires_grad for p in trainer.model.parameters())
 
@@ -290,6 +293,30 @@ def test_what_cannot_be_honoured_is_refused(train, lab, settings, name, message)
     with pytest.raises(ValueError, match=message):
         train(model=model, **settings)
     assert equal(bits(model), before)
+
+
+def test_a_support_over_a_4_bit_base_is_trained_and_the_base_is_not(train, lab) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = lab.base(hidden_size=64, intermediate_size=64)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            parent, _, leaf = name.rpartition(".")
+            quantised = bnb.nn.Linear4bit(64, module.out_features, bias=False, quant_type="nf4")
+            quantised.weight = bnb.nn.Params4bit(
+                module.weight.data.clone(), requires_grad=False, quant_type="nf4"
+            ).to("cpu")
+            setattr(base.get_submodule(parent), leaf, quantised)
+    config = SpielConfig(
+        density=0.05, growth="none", target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        model.eval()(torch.ones(1, 2, dtype=torch.long))  # bitsandbytes packs it for the CPU
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer = train(model=model, max_steps=30, queries=4, eps=1e-2, learning_rate=1e-2)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[n], value) for n, value in frozen.items())
+    assert np.mean(losses(trainer)[-8:]) < np.mean(losses(trainer)[:8])
 
 
 def test_a_loss_scaler_is_refused(lab) -> None:
