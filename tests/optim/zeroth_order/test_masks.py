@@ -1,0 +1,77 @@
+"""Facts of masks: what moves, what never does, and what is held between steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft.kernels.displace import Magnitude, Random, mask_of
+
+SEED = 5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("mask", ["magnitude", "random"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_m1_unmasked_weights_keep_their_bits(
+    zo: Any, mask: str, rule: str, dtype: torch.dtype
+) -> None:
+    """Decay included, and m3: the masks only ever shrink."""
+    optimizer = zo.masked(dtype, 0.75, mask=mask, update=rule)
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    start = [t.parameter.detach().clone() for t in optimizer.trained]
+    masks = [mask_of(t.parameter, t.id, t.mask) for t in optimizer.trained if t.mask]
+    for gradient in (0.5, -0.25, 0.75, 0.5, -0.5, 0.5):
+        former = [m.clone() for m in masks]
+        zo.run(optimizer, [[gradient]])
+        masks = [mask_of(t.parameter, t.id, t.mask) for t in optimizer.trained if t.mask]
+        assert not any((now & ~before).any() for now, before in zip(masks, former, strict=True))
+    for t, w in zip(optimizer.trained, start, strict=True):
+        assert t.mask is not None
+        free = mask_of(w, t.id, t.mask)
+        assert zo.same([t.parameter[~free]], [w[~free]])
+        assert float((t.parameter != w)[free].float().mean()) > 0.9
+
+
+def test_m3_a_weight_that_outgrows_the_threshold_is_frozen_for_good(zo: Any) -> None:
+    parameters = zo.weights((64, 64))
+    optimizer = zo.build(parameters, lr=0.01, mask=Magnitude(0.01))
+    out = torch.zeros(64, 64, dtype=torch.bool)
+    for update in range(20):
+        before = parameters[0].clone()
+        zo.run(optimizer, [[(-1.0) ** update]])
+        assert zo.same([parameters[0][out]], [before[out]])
+        out |= parameters[0].abs() > 0.01
+    assert float((out & (parameters[0].abs() < 0.02)).float().mean()) > 0.3
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
+def test_m4_a_mask_of_everything_is_no_mask_bit_for_bit(zo: Any, rule: str) -> None:
+    plain, all_of_it, random = (zo.weights((50, 90)) for _ in range(3))
+    for parameters, mask in ((plain, None), (all_of_it, Magnitude(1e9)), (random, Random(3, 1.0))):
+        zo.run(zo.build(parameters, mask=mask, update=rule), [[0.5], [0.25]])
+    assert zo.same(plain, all_of_it) and zo.same(plain, random)
+
+
+def test_m4_sparsity_0_has_no_mask_and_08_trains_a_fifth(zo: Any) -> None:
+    assert [t.mask for t in zo.masked(torch.float32, 0.0).trained] == [None, None]
+    optimizer = zo.masked(torch.float32, 0.8)
+    start = optimizer.trained[0].parameter.detach().clone()
+    zo.run(optimizer, [[0.5]])
+    assert float((optimizer.trained[0].parameter != start).float().mean()) == pytest.approx(
+        0.2, abs=0.005
+    )
+
+
+def test_m6_between_steps_one_number_a_tensor_is_held(zo: Any) -> None:
+    optimizer = zo.masked(torch.float32, 0.75)
+    zo.run(optimizer, [[0.5]])
+    held = [v for v in vars(optimizer).values() if isinstance(v, Tensor)]
+    assert held == [] and not optimizer.state
+    saved = optimizer.state_dict()["zeroth_order"]
+    assert sum(t.numel() * t.element_size() for t in saved["log"].values()) == 4 + 8 + 4 + 4
+    assert all(isinstance(t.mask, Magnitude) for t in optimizer.trained)
