@@ -198,13 +198,15 @@ def replay(
         from sft.quiet import quiet_libraries
 
         quiet_libraries()
-        from sft.replay import replay as rebuild
+        from sft.export_replay import replay as rebuild
 
         done = rebuild(
             log, to=to, base=base, until=until, form=form, dtype=dtype, device=device,
             overwrite=overwrite,
         )  # fmt: skip
-        proof = "; the weights are the run's, bit for bit" if done.proven else ""
+        proof = "; the weights are the run's, bit for bit"
+        if done.proven is None:
+            proof = "; the log notes no hash of the weights there"
         print(f"{to}: {done.updates} updates replayed, {done.detail}{proof}")
 
 

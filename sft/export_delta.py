@@ -58,6 +58,7 @@ def save_delta(
     content = {
         "format": FORMAT,
         "model": header.get("model", ""),
+        "revision": header.get("revision"),
         "model_dtype": header.get("model_dtype", "auto"),
         "shapes": {name: list(old.shape) for name, old in before.items()},
         "base_sha": weights_sha(before.items()),
@@ -121,7 +122,8 @@ def export_delta(
     name = base or content["model"]
     if not name:
         raise UserError(f"{folder}: does not name its base model; pass --base")
-    spec = ModelSpec(name=name, dtype=content["model_dtype"])
+    revision = None if base else content["revision"]
+    spec = ModelSpec(name=name, revision=revision, dtype=content["model_dtype"])
     model = load_model(spec)
     apply_delta(model, folder)
     cast = None if dtype == "auto" else getattr(torch, dtype)

@@ -200,6 +200,8 @@ def _build_trainer(
         **({} if config is None else {"zeroth_order": config}),
     )
     trainer.remove_callback(PrinterCallback)
+    if config is not None:
+        trainer.zeroth_order_log.base = (recipe.model.name, recipe.model.revision)
     trainer.sparse_callback.notes = {"recipe": recipe.model_dump(mode="json")}
     return trainer
 

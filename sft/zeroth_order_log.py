@@ -30,6 +30,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     resumed_from: Path | None = None  # set by a trainer that resumes
+    base: tuple[str, str | None] | None = None  # name and revision; default: the model's own name
 
     def on_train_begin(
         self,
@@ -47,10 +48,12 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         adapted = hasattr(model, "peft_config")
         if state.global_step == 0:
+            name, revision = self.base or (str(getattr(model.config, "_name_or_path", "")), None)
             stock.log.header |= {
                 "start_sha": weights_sha((t.name, t.parameter) for t in stock.trained),
                 "device": stock.trained[0].parameter.device.type,
-                "model": str(getattr(model.config, "_name_or_path", "")),
+                "model": name,
+                "revision": revision,
                 "model_dtype": str(model.dtype).removeprefix("torch."),
                 "adapter": adapted,
             }

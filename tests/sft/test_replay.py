@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 from sft.cli import app
 from sft.errors import UserError
 from sft.export_delta import apply_delta, save_delta
+from sft.export_replay import replay
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.log import KEY, ZerothOrderLog
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.optim.zeroth_order.trained import trained_set
 from sft.recipe import load_recipe
-from sft.replay import find_log, load_log, replay, replay_onto
+from sft.replay import find_log, load_log, replay_onto
 from sft.run import train_from_recipe
 from sft.zeroth_order_log import weights_sha
 
@@ -124,7 +125,8 @@ def test_a_part_of_the_log_gives_the_weights_of_that_update(runs, tmp_path) -> N
     done = replay(whole, to=tmp_path / "three", until=3)
     assert (done.updates, done.proven) == (3, None)
     assert same(tmp_path / "three" / MODEL, half / "merged" / MODEL)
-    replay(whole, to=tmp_path / "none", until=0)
+    printed = command("replay", whole, "--to", tmp_path / "none", "--until", "0").stdout
+    assert printed.endswith("; the log notes no hash of the weights there\n")
     base = load_log(find_log(whole)).header["model"]
     assert same(tmp_path / "none" / MODEL, Path(base) / MODEL)
 
@@ -295,10 +297,11 @@ def test_every_rule_noise_and_mask_repeats_itself(llama, settings, dtype, tmp_pa
     assert any(not torch.equal(start[name], p) for name, p in twin.named_parameters())
 
 
-def test_box_muller_is_replayed_on_its_kind_of_device_alone(run_of, tmp_path) -> None:
-    log = rewritten(find_log(run_of("full")), tmp_path / "log", noise="gaussian", device="cuda")
+@pytest.mark.parametrize("setting", [{"noise": "gaussian"}, {"update": "adam"}])
+def test_what_differs_between_devices_is_replayed_on_one_kind(run_of, tmp_path, setting) -> None:
+    log = rewritten(find_log(run_of("full")), tmp_path / "log", device="cuda", **setting)
     line = refused("replay", log, "--to", tmp_path / "to")
-    assert "noise='gaussian' gives other bits on cpu than on cuda; pass --device cuda" in line
+    assert "gives other bits on cpu than on cuda; pass --device cuda" in line
 
 
 def test_a_hash_is_of_names_types_shapes_and_bits() -> None:
