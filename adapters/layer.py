@@ -283,11 +283,12 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._residency.write(present[0], residence)
         return present[0]
 
-    def sync(self) -> None:
-        """Write the trained values to W now, after an optimizer step by whatever means."""
+    def sync(self, *, now: bool = True) -> None:
+        """Write the trained values to W, now or in the next forward: they moved by any means."""
         if self._residency.key is not None:
             self._residency.invalidate()
-            self.settle()
+            if now:
+                self.settle()
 
     @property
     def content(self) -> object:

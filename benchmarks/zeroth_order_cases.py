@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import sft
-from sft.adapters.resident import enter_resident, sync_resident
+from sft.adapters.layer import sparse_layers
+from sft.adapters.resident import enter_resident
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.engine import Engine
 from sft.optim.zeroth_order.exact import ExactMode
@@ -124,7 +125,13 @@ def support(base: nn.Module, folder: Path) -> Case:
     )
     model = get_peft_model(_copy(folder), config).eval()
     enter_resident(model)
-    return Case(model, ZerothOrderConfig(), partial(sync_resident, model))
+    layers = list(sparse_layers(model).values())
+
+    def after() -> None:
+        for layer in layers:
+            layer.sync(now=False)
+
+    return Case(model, ZerothOrderConfig(), after)
 
 
 def lora(base: nn.Module, folder: Path) -> Case:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sft.adapters.calibrate import calibrate, pending_adapters
-from sft.adapters.resident import sync_resident
+from sft.adapters.layer import SparseLayer, sparse_layers
 from sft.identity import sparse_tuner
 from sft.objectives import NAMED
 from sft.optim.zeroth_order.config import ZerothOrderConfig
@@ -157,7 +157,8 @@ class ZerothOrder:
     def _start(self, optimizer: ZerothOrderOptimizer, once: Callable[[], float]) -> Engine:
         """Set the mode up, on the first micro-batch: it shows where the model reads."""
         model = self.trainer.model
-        after = nothing if sparse_tuner(model) is None else partial(sync_resident, model)
+        layers = tuple(sparse_layers(model).values())
+        after = partial(_moved, layers) if layers else nothing
         config, trained = self.config, optimizer.trained
         mode: Mode
         if config.mode == "exact":
@@ -221,6 +222,12 @@ def _stepping(optimizer: Any) -> ZerothOrderOptimizer:
             "zeroth_order.update names the rule"
         )
     return found
+
+
+def _moved(layers: Sequence[SparseLayer]) -> None:
+    """Let sparse layers write their values before they next run."""
+    for layer in layers:
+        layer.sync(now=False)
 
 
 @contextmanager
