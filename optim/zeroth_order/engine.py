@@ -131,14 +131,14 @@ class Engine:
         rows = self._processes.exchange([*sums, 1.0])
         if self._config.parallel == "data":
             total = sum(row[-1] for row in rows)
-            rows = [[math.fsum(column) / total for column in list(zip(*rows, strict=True))[:-1]]]
+            rows = [[_sum(column) / total for column in list(zip(*rows, strict=True))[:-1]]]
         else:
             rows = [row[:-1] for row in rows]
         gradients: list[float] | None = []
         for row in rows:
             found = self._estimated(row)
             gradients = None if found is None or gradients is None else gradients + found
-        value = math.fsum(self._value(row) for row in rows) / len(rows)
+        value = _sum([self._value(row) for row in rows]) / len(rows)
         if gradients is not None and self._config.update == "conservative":
             gradients = self._chosen(gradients, value, loss, whole_update)
         flat = [x for row in rows for x in row]
@@ -168,6 +168,11 @@ class Engine:
         back = [(key, -coefficient) for key, coefficient in step]
         losses = [self._at(draws, loss) for draws in (step, back)]
         rows = self._processes.exchange(losses)
-        forth, back_loss = (math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
+        forth, back_loss = (_sum(column) / len(rows) for column in zip(*rows, strict=True))
         choice = conservative_choice(base, forth, back_loss)
         return [choice * g for g in gradients]
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    """Add up without rounding on the way; what is not finite makes the sum so."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else math.nan
