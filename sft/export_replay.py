@@ -134,9 +134,9 @@ def _opened(log: ZerothOrderLog, path: Path, spec: ModelSpec) -> Any:
         folders.insert(0, ("default", start))
     try:
         (name, folder), *more = folders
-        model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=True)
+        model = PeftModel.from_pretrained(model, str(folder), name)
         for name, folder in more:
-            model.load_adapter(str(folder), name, is_trainable=True)
+            model.load_adapter(str(folder), name)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{start}: does not fit {spec.name}: {one_line(error)[:300]}") from error
     return model

@@ -78,7 +78,8 @@ def completion_nll(model: Any, examples: Sequence[Encoded], batch_size: int, pad
     total, count = 0.0, 0
     for batch in _by_length(examples, batch_size):
         inputs, labels = _right_padded([examples[i] for i in batch], pad, model.device)
-        logits = model(**inputs).logits[:, :-1].float()
+        # from the end: a trained prompt stands before the inputs
+        logits = model(**inputs).logits[:, -labels.shape[1] : -1].float()
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="sum"
         )

@@ -33,10 +33,13 @@ class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return labelled_nll(model, inputs, num_items_in_batch)
 
     def _lean(self, inputs: dict[str, Any]) -> bool:
-        base = self.accelerator.unwrap_model(self.model)
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(model, "active_peft_config", None)
         return (
-            inputs["input_ids"].device.type == "cpu"
+            # a prompt that is put before the inputs moves their positions
+            not getattr(config, "is_prompt_learning", False)
+            and inputs["input_ids"].device.type == "cpu"
             and self.args.world_size == 1
             and self.args.loss_type == "nll"
             and self.label_smoother is None

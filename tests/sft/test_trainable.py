@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.adapters.registry import method_names as ours
 from sft.errors import RecipeError, UserError
+from sft.export_replay import replay
 from sft.full import train_only
 from sft.recipe import load_recipe, to_yaml
 from sft.run import train_from_recipe
@@ -168,3 +169,17 @@ def test_an_interrupted_run_of_the_model_itself_goes_on(go, tmp_path) -> None:
     resumed = go("{name: full}", *steps, "training.resume_from_checkpoint=auto")
     assert resumed.after == whole.after
     assert (tmp_path / "run/checkpoint-4/sft_state.json").is_file()
+
+
+@pytest.mark.parametrize("section", ["null", "{eps: 0.1}"], ids=["backward", "forward alone"])
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.filterwarnings("ignore:.*virtual tokens:UserWarning")
+def test_prompts_are_trained_and_measured(go, name, section, tmp_path) -> None:
+    method = f"{{name: {name}, num_virtual_tokens: 2}}"
+    settings = ("export.merged=false", "evaluation.metrics=[nll]", f"zeroth_order={section}")
+    run = go(method, *settings, "training.learning_rate=0.3")
+    assert run.after["nll"] != run.before["nll"]
+    assert run.after["nll"] < run.before["nll"] + 0.1
+    if section != "null":
+        done = replay(run.output_dir, to=tmp_path / "adapter", form="adapter")
+        assert done.proven
