@@ -89,7 +89,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 "set CUDA_VISIBLE_DEVICES to one of them, or start a process each with torchrun"
             )
         running, optimizer = list(self._dynamics.values()), kwargs["optimizer"]
-        _check_processes(model, running, count=args.world_size)
+        check_processes(model, running, count=args.world_size)
         _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
         check_per_layer(tuner, optimizer)
         self._ends = stage_ends(tuner, state.max_steps)
@@ -275,8 +275,8 @@ def _calibrate_pending(model: nn.Module, batches: Any) -> None:
         logger.info("adapter %s: support chosen by %d batches", name, count)
 
 
-def _check_processes(model: nn.Module, running: list[Dynamics], *, count: int) -> None:
-    """Refuse what would let every process choose by its own gradients."""
+def check_processes(model: nn.Module, running: list[Dynamics], *, count: int) -> None:
+    """Raise ValueError on what would let every process choose by its own gradients."""
     refused = [d.one_process for d in running if d.one_process is not None]
     if count > 1 and refused:
         raise ValueError(refused[0])

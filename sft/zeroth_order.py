@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.layer import SparseLayer, sparse_layers
+from sft.driver import check_processes
 from sft.identity import sparse_tuner
 from sft.objectives import NAMED
 from sft.optim.zeroth_order.config import ZerothOrderConfig
@@ -184,6 +185,7 @@ class ZerothOrder:
 
     def _calibrate(self, model: nn.Module) -> None:
         """Choose supports that a batch decides, while gradients may still be asked for."""
+        check_processes(model, [], count=self.trainer.args.world_size)
         for name in pending_adapters(model):
             with torch.random.fork_rng():
                 calibrate(model, self.trainer.get_train_dataloader(), name)

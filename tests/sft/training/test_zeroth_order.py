@@ -12,6 +12,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from sft import S2FTConfig, SoRAConfig, SparseTrainer, SpielConfig, ZerothOrderConfig
+from sft.adapters.calibrate import pending_adapters
 from sft.zeroth_order_checks import check_run
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -327,6 +328,21 @@ def test_a_loss_scaler_is_refused(lab) -> None:
     trainer.args.fp16, trainer.accelerator.scaler = True, object()
     with pytest.raises(ValueError, match="fp16: its loss scaler"):
         check_run(trainer, ZerothOrderConfig())
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_engines_that_shard_weights_are_refused(lab, engine) -> None:
+    trainer = lab.trainer(model=lab.base())
+    setattr(trainer, f"is_{engine}_enabled", True)
+    with pytest.raises(ValueError, match=f"{engine}: zeroth-order training .* torchrun"):
+        check_run(trainer, ZerothOrderConfig())
+
+
+def test_a_support_chosen_by_gradients_is_chosen_before_they_end(train, lab) -> None:
+    config = S2FTConfig(density=0.1, selection="gradient", task_type="CAUSAL_LM")
+    trainer = train(model=get_peft_model(lab.base(), config), max_steps=2)
+    assert not pending_adapters(trainer.model)
+    assert any(g != 0 for g in gradients(trainer))
 
 
 def test_an_optimizer_of_gradients_is_refused(lab) -> None:
