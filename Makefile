@@ -44,6 +44,7 @@ bench: env  ## run the benchmarks (about 35 minutes) and write docs/benchmarks.m
 	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
 	@$(PHASE) step $(BIN)/python benchmarks/step.py --profile
 	@$(PHASE) switching $(BIN)/python benchmarks/switching.py
+	@$(PHASE) "zeroth-order step" $(BIN)/python benchmarks/zeroth_order_step.py
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
 	@$(BIN)/python benchmarks/report.py
 
