@@ -123,7 +123,8 @@ def export_delta(
     if not name:
         raise UserError(f"{folder}: does not name its base model; pass --base")
     revision = None if base else content["revision"]
-    spec = ModelSpec(name=name, revision=revision, dtype=content["model_dtype"])
+    known: Any = content["model_dtype"] if content["model_dtype"] in DTYPES else "auto"
+    spec = ModelSpec(name=name, revision=revision, dtype=known)
     model = load_model(spec)
     apply_delta(model, folder)
     cast = None if dtype == "auto" else getattr(torch, dtype)

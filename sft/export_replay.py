@@ -186,4 +186,5 @@ def _base(log: ZerothOrderLog, path: Path, given: str | None) -> ModelSpec:
     if not name:
         raise UserError(f"{path}: does not name the model it started from; pass --base")
     revision = None if given else header.get("revision")
-    return ModelSpec(name=name, revision=revision, dtype=header.get("model_dtype", "auto"))
+    dtype = header.get("model_dtype")
+    return ModelSpec(name=name, revision=revision, dtype=dtype if dtype in DTYPES else "auto")
