@@ -96,6 +96,10 @@ def _check_request(log: ZerothOrderLog, path: Path, *, form: str, dtype: str, de
         raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "auto" and form != "merged":
         raise UserError(f"--dtype: is of merged weights; leave it out with --format {form}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: got {device!r}: {one_line(error)[:200]}") from error
     adapted = bool(log.header.get("adapter"))
     if form == "adapter" and not adapted:
         raise UserError("--format: got adapter; the run trained the model itself, take merged")

@@ -70,6 +70,8 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         trainer = _build_trainer(recipe, model, tokenizer, data, report)
         trained, total = method.counts(model)
         phases.note(_trains(recipe, trained, total))
+        if not (method.saved or recipe.export.merged):
+            console.print("export.merged is false: the weights stay in checkpoints and logs alone")
     held_out = _encode(recipe, data, tokenizer)
     with method.untrained(model):
         before = _measure("before", recipe, model, tokenizer, held_out, phases)

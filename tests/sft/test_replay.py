@@ -233,6 +233,7 @@ def test_modes_that_drift_are_refused(run_of, tmp_path, mode) -> None:
         (["--until", "-1"], "--until: got -1, allowed is 0 to 6"),
         (["--format", "gguf"], "--format: got 'gguf'; expected one of merged, adapter, delta"),
         (["--format", "adapter"], "--format: got adapter; the run trained the model itself"),
+        (["--device", "abacus"], "--device: got 'abacus': Expected one of cpu, cuda"),
         (["--dtype", "int8"], "--dtype: got 'int8'; expected one of auto"),
         (["--format", "delta", "--dtype", "float16"], "--dtype: is of merged weights"),
     ],

@@ -127,7 +127,9 @@ def test_a_run_by_forward_passes_leaves_its_log(recipe_file, method) -> None:
 
 def test_a_new_run_clears_the_log_of_the_former(recipe_file) -> None:
     short = ["training.max_steps=1", "export.merged=false", FULL]
-    run = train_from_recipe(load_recipe(recipe_file, [*short, "zeroth_order={}"]))
+    console = Console(file=io.StringIO(), width=200)
+    run = train_from_recipe(load_recipe(recipe_file, [*short, "zeroth_order={}"]), console)
+    assert "export.merged is false: the weights stay in checkpoints" in console.file.getvalue()
     assert (run.output_dir / "zeroth_order/log.safetensors").is_file()
     train_from_recipe(load_recipe(recipe_file, [*short, "overwrite=true"]))
     assert not (run.output_dir / "zeroth_order").exists()
