@@ -9,7 +9,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import report_zeroth_order
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/benchmarks.md"
@@ -172,6 +175,47 @@ def switching_section(result: dict[str, Any]) -> str:
     return "\n".join([*rows, ""])
 
 
+def zeroth_order_learning_section(result: dict[str, Any]) -> str:
+    """Describe `benchmarks/zeroth_order_learning.py`."""
+    runs, ends, compared = result["runs"], result["sweep"]["runs"], result["compared"]
+    first, seeds = runs[0], len({run["seed"] for run in runs})
+    rows = [
+        "## What a mask gains: MeZO against Sparse MeZO\n",
+        "`python benchmarks/zeroth_order_learning.py`: movie review snippets, held-out ones judged "
+        f'by the prompt "... It was great/terrible"; {first["updates"]} updates of '
+        f"{first['batch_size']} examples and one direction, mean of {seeds} seeds with the same "
+        f"data order for both, a core each. Figures are means "
+        "of three evaluations in a row; the updates are those after which the mean curve is as "
+        "good as MeZO's at its end.\n",
+        "| | learning rate | accuracy: start | end | updates | nll: start | end | updates |",
+        "|---" * 8 + "|",
+    ]
+    for method, label in (("mezo", "MeZO, all weights"), ("sparse_mezo", "Sparse MeZO, 25 %")):
+        own = [run for run in runs if run["method"] == method]
+        cells = [label, f"{own[0]['learning_rate']:g}"]
+        for key in ("accuracy", "nll"):
+            found = compared[key]
+            updates = found["updates"][method]
+            cells += [f"{own[0]['curve'][0][key]:.3f}", f"{found['end'][method]:.3f}"]
+            cells += ["not reached" if updates is None else str(updates)]
+        rows.append("| " + " | ".join(cells) + " |")
+    ratios = [
+        f"{key} {'-' if compared[key]['ratio'] is None else format(compared[key]['ratio'], '.2f')}"
+        for key in ("accuracy", "nll")
+    ]
+    swept = [
+        f"{run['method']} {run['learning_rate']:g}: "
+        f"{fmean(row['nll'] for row in run['curve'][-3:]):.3f}"
+        for run in ends
+    ]
+    rows.append(
+        f"\nMeZO's updates over Sparse MeZO's: {', '.join(ratios)}. The learning rates are the "
+        f"best of a sweep of {ends[0]['updates']} updates, by the nll of other examples at its end "
+        f"({'; '.join(swept)}).\n"
+    )
+    return "\n".join(rows)
+
+
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return f"{machine['threads']} threads of {machine['processor']}"
@@ -183,6 +227,8 @@ SECTIONS = {
     "step": step_section,
     "switching": switching_section,
     "crossover": crossover_section,
+    "zeroth_order_step": report_zeroth_order.step_section,
+    "zeroth_order_learning": zeroth_order_learning_section,
 }
 
 
