@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sft.kernels.noise import (
-    LAYOUTS,
-    MASK,
-    TILE,
-    Run,
-    blocks,
-    check_kind,
-    fields,
-    fill,
-    noise,
-    rounded,
-    tile_words,
-)
-from sft.kernels.philox import BLOCK
+from sft.kernels.cpu.displace import Item, coefficient, displace_on_cpu
+from sft.kernels.noise import MASK, TILE, Run, check_kind, fields, noise, tile_words
 
 
 @dataclass(frozen=True)
@@ -37,6 +24,12 @@ class Magnitude:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold: got {self.threshold!r}, allowed is a finite number >= 0")
+
+    def hide(self, moved: Tensor, weight: Tensor, run: Run, first: int) -> None:
+        """Zero what is subtracted from large weights."""
+        # passes what is strictly between the edges, in one pass over both
+        edge = _above(self.threshold, weight.dtype)
+        torch.ops.aten.hardtanh_backward.grad_input(moved, weight, -edge, edge, grad_input=moved)
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,12 @@ class Random:
     def limit(self) -> int:
         """A weight moves if its 16 random bits are below this."""
         return round(self.share * 2**16)
+
+    def hide(self, moved: Tensor, weight: Tensor, run: Run, first: int) -> None:
+        """Zero what is subtracted from weights that were not drawn."""
+        words = tile_words(self.key, [run], "gaussian_table", MASK)
+        field = fields(words).view(-1)[first : first + len(moved)]
+        moved.masked_fill_(field >= self.limit, 0.0)
 
 
 Mask: TypeAlias = "Magnitude | Random"
@@ -83,6 +82,7 @@ def displace(
     masks: Sequence[Mask | None] | None = None,
     out: Sequence[Tensor] | None = None,
     drawn: Drawn | None = None,
+    starts: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Return the weights moved along draws of noise; where a mask is 0 the stored bits are kept.
 
@@ -102,6 +102,7 @@ def displace(
         masks: which part of each tensor moves; None moves all.
         out: where to; the weights themselves for in place. None allocates.
         drawn: words from `draw_ahead`; those it lacks are drawn here.
+        starts: flat index in its parameter at which each tensor starts, if it is a part of one.
 
     Returns:
         The tensors written to.
@@ -115,14 +116,15 @@ def displace(
     out = [torch.empty_like(w) for w in weights] if out is None else list(out)
     decays = [0.0] * len(weights) if decays is None else decays
     masks = [None] * len(weights) if masks is None else masks
-    _check(weights, parameters, kind, decays, masks, out, drawn)
-    items = list(map(Item, weights, out, parameters, decays, masks))
+    starts = [0] * len(weights) if starts is None else starts
+    _check(weights, parameters, kind, decays, masks, out, drawn, starts)
+    items = list(map(Item, weights, out, parameters, decays, masks, starts))
     if weights and weights[0].device.type != "cpu":
         from sft.kernels.triton.displace import displace_on_device
 
         displace_on_device(items, draws, kind)
         return out
-    _displace_all(items, draws, kind, {} if drawn is None else drawn.words)
+    displace_on_cpu(items, draws, kind, {} if drawn is None else drawn.words)
     return out
 
 
@@ -152,17 +154,6 @@ def draw_ahead(
     return Drawn(kind, words)
 
 
-class Item(NamedTuple):
-    """A tensor to move, or the part of one that starts at the flat index `start`."""
-
-    weight: Tensor
-    out: Tensor
-    parameter: int
-    decay: float
-    mask: Mask | None
-    start: int = 0
-
-
 def _check(
     weights: Sequence[Tensor],
     parameters: Sequence[int],
@@ -171,11 +162,13 @@ def _check(
     masks: Sequence[Mask | None],
     out: Sequence[Tensor],
     drawn: Drawn | None,
+    starts: Sequence[int],
 ) -> None:
     check_kind(kind)
     if drawn is not None and drawn.kind != kind:
         raise ValueError(f"drawn: got words for {drawn.kind!r}, allowed is noise {kind!r}")
-    for name, given in (("parameters", parameters), ("decays", decays), ("masks", masks)):
+    lists = {"parameters": parameters, "decays": decays, "masks": masks, "starts": starts}
+    for name, given in lists.items():
         _require(len(given) == len(weights), name, len(given), f"one for each of {len(weights)}")
     _require(len(out) == len(weights), "out", len(out), f"one for each of {len(weights)}")
     for w, o in zip(weights, out, strict=True):
@@ -188,169 +181,6 @@ def _check(
 def _require(fits: bool, name: str, given: object, allowed: str) -> None:
     if not fits:
         raise ValueError(f"{name}: got {given}, allowed is {allowed}")
-
-
-def _displace_all(
-    items: list[Item],
-    draws: Sequence[tuple[int, float]],
-    kind: str,
-    drawn: dict[tuple[int, int], Tensor],
-) -> None:
-    """Take the contiguous tensors together, the others in small pieces that are copied."""
-    flat: dict[torch.dtype, list[Item]] = {torch.float32: [], torch.float64: []}
-    for item in items:
-        wide = torch.promote_types(item.weight.dtype, torch.float32)
-        if item.weight.is_contiguous() and item.out.is_contiguous():
-            weight, out = item.weight.detach().view(-1), item.out.detach().view(-1)
-            flat[wide].append(item._replace(weight=weight, out=out))
-            continue
-        for piece in _pieces(item):
-            weight = piece.weight.reshape(-1)
-            moved = torch.empty_like(weight)
-            _displace_flat([piece._replace(weight=weight, out=moved)], draws, kind, drawn, wide)
-            piece.out.copy_(moved.view(piece.out.shape))
-    for wide, some in flat.items():
-        _displace_flat(some, draws, kind, drawn, wide)
-
-
-def _pieces(item: Item) -> Iterator[Item]:
-    """Cut along the first dimension until a piece is small."""
-    if item.weight.numel() <= _TILES * TILE:
-        yield item
-        return
-    row = item.weight[0].numel()
-    step = max(1, _TILES * TILE // row)
-    for first in range(0, len(item.weight), step):
-        piece = item._replace(
-            weight=item.weight[first : first + step],
-            out=item.out[first : first + step],
-            start=item.start + first * row,
-        )
-        if row > _TILES * TILE:
-            yield from _pieces(piece._replace(weight=piece.weight[0], out=piece.out[0]))
-        else:
-            yield piece
-
-
-# Tiles expanded at once: a float32 buffer of them is 1 MiB.
-_TILES = 64
-_kept = threading.local()
-
-
-def _buffers(count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Buffers that a thread keeps, (count, tiles, 4096); those of float64 are not kept."""
-    if dtype == torch.float64:
-        return list(torch.empty(count, _TILES, TILE, dtype=dtype))
-    kept: list[Tensor] = _kept.__dict__.setdefault("buffers", [])
-    while len(kept) < count:
-        kept.append(torch.empty(_TILES, TILE))
-    return kept
-
-
-def _displace_flat(
-    items: list[Item],
-    draws: Sequence[tuple[int, float]],
-    kind: str,
-    drawn: dict[tuple[int, int], Tensor],
-    wide: torch.dtype,
-) -> None:
-    """Move contiguous vectors whose arithmetic is of one dtype."""
-    draws = [(key, coefficient(c, kind, wide)) for key, c in draws]
-    draws = [(key, c) for key, c in draws if c]
-    runs = [
-        Run(item.parameter, first := item.start // TILE, _last(item) - first, owner)
-        for owner, item in enumerate(items)
-    ]
-    # Philox is fast on many counters, but the words of all draws are held at once
-    many = max(_TILES, BLOCK // LAYOUTS[kind].counters // max(1, len(draws)))
-    for block in blocks(runs, many):
-        words = [_words(key, block, kind, drawn) for key, _ in draws]
-        done = 0
-        for part in blocks(block, _TILES):
-            tiles = sum(run.tiles for run in part)
-            moved, spare = (buffer[:tiles] for buffer in _buffers(3, wide)[:2])
-            chosen = [w[done : done + tiles] for w in words]
-            _sum(moved, spare, chosen, [c for _, c in draws], kind)
-            _finish(items, part, moved.view(-1), wide)
-            done += tiles
-
-
-def _last(item: Item) -> int:
-    return -(-(item.start + item.weight.numel()) // TILE)
-
-
-def coefficient(c: float, kind: str, wide: torch.dtype) -> float:
-    """Return c as it is used: float64 weights take all of it, but for the table's 16 bits."""
-    if wide == torch.float64 and kind != "gaussian_table":
-        return c
-    return rounded(c, kind)
-
-
-def _words(key: int, block: list[Run], kind: str, drawn: dict[tuple[int, int], Tensor]) -> Tensor:
-    found = [drawn.get((key, run.parameter)) for run in block]
-    parts = [
-        words[run.first : run.first + run.tiles]
-        for run, words in zip(block, found, strict=True)
-        if words is not None
-    ]
-    if len(parts) < len(block) or sum(map(len, parts)) < sum(run.tiles for run in block):
-        return tile_words(key, block, kind)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _sum(
-    moved: Tensor, spare: Tensor, words: list[Tensor], coefficients: list[float], kind: str
-) -> None:
-    """Write c_1 z_1 + ... + c_n z_n, (tiles, 4096)."""
-    if not words:
-        moved.zero_()
-    for turn, (some, c) in enumerate(zip(words, coefficients, strict=True)):
-        target = spare if turn else moved
-        if target.dtype == torch.float64:
-            z = torch.empty(target.shape)
-            fill(kind, some, 1.0, z)
-            target.copy_(z).mul_(c)
-        else:
-            fill(kind, some, c, target)
-        if turn:
-            moved.add_(spare)
-
-
-def _finish(items: list[Item], part: list[Run], moved: Tensor, wide: torch.dtype) -> None:
-    """Subtract what was summed from the weights of some runs, and store."""
-    base = 0
-    for run in part:
-        item = items[run.owner]
-        first = max(item.start, run.first * TILE)
-        last = min(item.start + item.weight.numel(), (run.first + run.tiles) * TILE)
-        inside = first - run.first * TILE
-        by = moved[base + inside :][: last - first]
-        base += run.tiles * TILE
-        weight, out = (t[first - item.start : last - item.start] for t in item[:2])
-        spare, store = (b.view(-1)[: last - first] for b in _buffers(3, wide)[1:3])
-        if weight.dtype != wide:
-            weight = store.copy_(weight)
-        if item.decay:
-            decay = item.decay if wide == torch.float64 else float(np.float32(item.decay))
-            by.add_(torch.mul(weight, decay, out=spare))
-        if item.mask is not None:
-            _hide(by, weight, item.mask, run, inside)
-        if out.dtype == wide:
-            torch.sub(weight, by, out=out)
-        else:
-            out.copy_(torch.sub(weight, by, out=by))
-
-
-def _hide(by: Tensor, weight: Tensor, mask: Mask, run: Run, first: int) -> None:
-    """Zero what is subtracted where the mask is 0; `first` is where the part starts in its run."""
-    if isinstance(mask, Magnitude):
-        # passes `by` where -edge < w < edge, in one pass
-        edge = _above(mask.threshold, weight.dtype)
-        torch.ops.aten.hardtanh_backward.grad_input(by, weight, -edge, edge, grad_input=by)
-    else:
-        words = tile_words(mask.key, [run], "gaussian_table", MASK)
-        chosen = fields(words).view(-1)[first : first + len(by)]
-        by.masked_fill_(chosen >= mask.limit, 0.0)
 
 
 def _above(threshold: float, dtype: torch.dtype) -> float:
@@ -387,7 +217,7 @@ def displace_reference(
 def mask_of(weight: Tensor, parameter: int, mask: Mask) -> Tensor:
     """Return a mask as booleans of the weight's shape: a byte a weight, for reports and tests."""
     if isinstance(mask, Magnitude):
-        return weight.abs() <= mask.threshold
+        return weight.abs().double() <= mask.threshold
     tiles = -(-weight.numel() // TILE)
     words = tile_words(mask.key, [Run(parameter, 0, tiles)], "gaussian_table", MASK)
     chosen = fields(words).view(-1)[: weight.numel()].view(weight.shape)

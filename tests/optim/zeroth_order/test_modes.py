@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import tracemalloc
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,17 +235,49 @@ def test_scratch_is_given_back_and_what_does_not_fit_has_memory_of_its_own() -> 
     assert size_of(torch.empty(3, dtype=torch.bfloat16)) == 64
 
 
-def test_exact_holds_one_scratch_of_the_largest_module_and_nothing_else(llama) -> None:
-    # Z11; NumPy's memory as well
-    model = llama(tie_word_embeddings=True, vocab_size=3000)
-    trained = everything(model)
-    mode = exact(model, trained)
+@pytest.fixture
+def peak_bytes():
+    """The counter of the benchmark: torch's storages and NumPy's memory that live at once."""
+    path = Path(__file__).resolve().parents[3] / "benchmarks/allocations.py"
+    spec = importlib.util.spec_from_file_location("allocations", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.peak_bytes
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.75])
+def test_exact_takes_the_largest_module_beyond_inference(llama, peak_bytes, sparsity) -> None:
+    # Z11; two per cent of this model are more than the buffers of the noise, 7 MiB of any model
+    model = llama(tie_word_embeddings=True, vocab_size=2_000_000, hidden_size=16)
+    trained = everything(model, sparsity=sparsity)
+    held = sum(p.numel() * 4 for p in model.parameters())
+    inference = held + peak_bytes(lambda: logits(model))
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()) * 4
-    assert mode._scratch._buffer.numel() <= largest + 64
-    mode.move(DRAWS)
-    logits(model)
-    tracemalloc.start()
-    logits(model)
-    numpy_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert numpy_peak < 2 * 2**20
+
+    def step() -> None:
+        mode = exact(model, trained)  # the scratch is made here
+        for coefficient in (-1e-3, 1e-3):
+            mode.move(((1, coefficient),))
+            logits(model)
+        mode.close()
+        weights = [t.parameter.data for t in trained]
+        displace(
+            weights, [t.id for t in trained], DRAWS, masks=[t.mask for t in trained], out=weights
+        )
+
+    assert held + peak_bytes(step) <= 1.02 * (inference + largest) + 2**20
+
+
+def test_inplace_takes_nothing_beyond_inference(llama, peak_bytes) -> None:
+    model = llama(vocab_size=100_000)
+    trained = everything(model)
+    inference = peak_bytes(lambda: logits(model))
+    mode = InplaceMode(trained, "rademacher")
+
+    def step() -> None:
+        for coefficient in (-1e-3, 1e-3):
+            mode.move(((1, coefficient),))
+            logits(model)
+        mode.settle()
+
+    assert peak_bytes(step) <= 1.02 * inference + 2**20
