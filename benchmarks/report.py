@@ -203,17 +203,17 @@ def zeroth_order_learning_section(result: dict[str, Any]) -> str:
         f"{key} {'-' if compared[key]['ratio'] is None else format(compared[key]['ratio'], '.2f')}"
         for key in ("accuracy", "nll")
     ]
-    swept = [
-        f"{run['method']} {run['learning_rate']:g}: "
-        f"{fmean(row['nll'] for row in run['curve'][-3:]):.3f}"
-        for run in ends
-    ]
+    swept = [f"{run['method']} {run['learning_rate']:g}: {_swept(run)}" for run in ends]
     rows.append(
         f"\nMeZO's updates over Sparse MeZO's: {', '.join(ratios)}. The learning rates are the "
         f"best of a sweep of {ends[0]['updates']} updates, by the nll of other examples at its end "
         f"({'; '.join(swept)}).\n"
     )
     return "\n".join(rows)
+
+
+def _swept(run: dict[str, Any]) -> str:
+    return "diverged" if run["failure"] else f"{fmean(row['nll'] for row in run['curve'][-3:]):.3f}"
 
 
 def _machine(result: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
-import math
 import random
 import subprocess
 import sys
@@ -193,11 +192,15 @@ def run(job: Job) -> dict[str, Any]:
                 eps=job.eps, sparsity=METHODS[job.method], objective=choice
             ),
         )  # fmt: skip
-        trainer.train()
-    found = described(job) | {"curve": watch.curve, "cpu_seconds": time.process_time() - started}
-    last = watch.curve[-1]
+        failure = None
+        try:
+            trainer.train()
+        except ValueError as error:  # the guard's: too high a learning rate is a result as well
+            failure = str(error)
+    last = failure or watch.curve[-1]
     print(f"{job.method} lr {job.learning_rate:g} seed {job.seed}: {last}", flush=True)
-    return found
+    seconds = time.process_time() - started
+    return described(job) | {"curve": watch.curve, "failure": failure, "cpu_seconds": seconds}
 
 
 def smoothed(curve: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
@@ -240,7 +243,7 @@ def best(runs: list[dict[str, Any]]) -> dict[str, float]:
     ends = {
         (r["method"], r["learning_rate"]): smoothed(r["curve"], "nll")[-1][1]
         for r in runs
-        if all(math.isfinite(row["nll"]) for row in r["curve"])
+        if not r["failure"]
     }
     return {
         method: min((end, rate) for (m, rate), end in ends.items() if m == method)[1]
