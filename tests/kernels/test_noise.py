@@ -24,12 +24,12 @@ KEY, PARAMETER = 2**63 + 12345, 2**32 - 7
 WHERE = [0, 1, 127, 128, 2047, 2048, TILE - 1, TILE, 3 * TILE + 77]
 
 
-MANY = 2**20
+MANY = 2**18
 
 
 @functools.cache
 def many(kind: str) -> torch.Tensor:
-    """Noise of a million weights, drawn once for all statistics."""
+    """Noise of many weights, drawn once for all statistics."""
     return noise(1, 2, MANY, kind=kind).double()
 
 
