@@ -55,6 +55,9 @@ class ExactMode:
         self._originals: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._handles: list[Any] = []
+        # modules that run now, the innermost last, and the parameters that they displace, by `id`
+        self._running: list[tuple[nn.Module, ExitStack]] = []
+        self._standing: set[int] = set()
         served = {
             module: [by_id[id(p)] for p in owned[module] if id(p) not in copied]
             for module in [*self.reads.order, *(m for m in owned if m not in self.reads.order)]
@@ -78,6 +81,8 @@ class ExactMode:
 
     def settle(self) -> None:
         """Let the model compute with w again; it was never written to."""
+        while self._running:  # torch leaves out the hooks when a KeyboardInterrupt passes
+            self._running.pop()[1].close()
         self.move(())
 
     def close(self) -> None:
@@ -110,46 +115,52 @@ class ExactMode:
 
     def _serve(self, module: nn.Module, whole: list[Trained], rows: list[Trained]) -> None:
         """Let one module run on displaced weights whenever the mode has moved."""
-        running: list[ExitStack] = []
 
         def enter(*_: Any) -> None:
             stack = ExitStack()
-            running.append(stack)
-            if self._draws and whole:
-                stack.enter_context(self._displaced(whole))
-            for t in rows if self._draws else ():
+            self._running.append((module, stack))
+            if self._draws and (left := self._left(whole)):
+                stack.enter_context(self._displaced(left))
+            for t in self._left(rows) if self._draws else ():
                 stack.enter_context(DisplacedRows(t, self._draws, self._kind))
 
         def leave(*_: Any) -> None:
-            running.pop().close()
+            if self._running and self._running[-1][0] is module:
+                self._running.pop()[1].close()
 
         self._handles += [
             module.register_forward_pre_hook(enter),
             module.register_forward_hook(leave, always_call=True),
         ]
 
+    def _left(self, trained: list[Trained]) -> list[Trained]:
+        """Return those that no module around this one displaces, such as a tied bias's owner."""
+        return [t for t in trained if id(t.parameter) not in self._standing]
+
     @contextmanager
     def _displaced(self, trained: list[Trained]) -> Iterator[None]:
         """Let tensors point at displaced copies in the scratch."""
-        mark = self._scratch.mark()
+        mark, keys = self._scratch.mark(), {id(t.parameter) for t in trained}
         originals = [t.parameter.data for t in trained]
-        copies = [self._scratch.take(w) for w in originals]
-        displace(
-            originals,
-            [t.id for t in trained],
-            self._draws,
-            kind=self._kind,
-            masks=[t.mask for t in trained],
-            out=copies,
-            drawn=self._ahead.drawn(trained, self._draws),
-        )
-        for t, copy in zip(trained, copies, strict=True):
-            t.parameter.data = copy
         try:
+            copies = [self._scratch.take(w) for w in originals]
+            displace(
+                originals,
+                [t.id for t in trained],
+                self._draws,
+                kind=self._kind,
+                masks=[t.mask for t in trained],
+                out=copies,
+                drawn=self._ahead.drawn(trained, self._draws),
+            )
+            self._standing |= keys
+            for t, copy in zip(trained, copies, strict=True):
+                t.parameter.data = copy
             yield
         finally:
             for t, original in zip(trained, originals, strict=True):
                 t.parameter.data = original
+            self._standing -= keys
             self._scratch.release(mark)
 
 

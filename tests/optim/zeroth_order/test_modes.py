@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 
 from sft.kernels.displace import displace
 from sft.optim.zeroth_order.config import ZerothOrderConfig
@@ -113,6 +114,85 @@ def test_what_is_read_elsewhere_is_copied_whole_and_the_caller_is_told() -> None
     assert torch.equal(found, displaced_copy(model, trained, DRAWS)(IDS % 9))
     assert calls == [1, 1]
     assert same(bits(model), before)
+
+
+class SharedBias(nn.Module):
+    """Holds the bias of its own child, as BERT's prediction head does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder = nn.Linear(5, 9)
+        self.bias = self.decoder.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x) + self.bias
+
+
+class OneInTheOther(nn.Module):
+    """Looks rows up inside of a module that multiplies by the very same table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, 9)
+        self.weight = self.table.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.table(IDS % 9).sum()
+
+
+@pytest.mark.parametrize("build", [SharedBias, OneInTheOther])
+def test_a_tensor_of_a_module_and_of_its_child_is_displaced_once(build) -> None:
+    model = build()
+    trained = everything(model)
+    x = torch.randn(3, 5 if build is SharedBias else 9)
+    mode = ExactMode(model, trained, "rademacher", lambda: model(x))
+    before = bits(model)
+    mode.move(DRAWS)
+    found = model(x)
+    mode.settle()
+    assert not mode.copied
+    assert torch.equal(found, displaced_copy(model, trained, DRAWS)(x))
+    assert same(bits(model), before)
+
+
+def test_bert_is_evaluated_as_a_displaced_copy() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = BertForMaskedLM(config).eval()
+    trained = everything(model)
+    mode = exact(model, trained)
+    mode.move(DRAWS)
+    assert torch.equal(logits(model), logits(displaced_copy(model, trained, DRAWS)))
+
+
+def test_an_interrupt_in_the_forward_pass_leaves_the_weights_as_they_were(llama) -> None:
+    # torch calls no hook when a KeyboardInterrupt passes through a module
+    model = llama()
+    mode = exact(model, everything(model))
+    before, pointers = bits(model), [p.data_ptr() for p in model.parameters()]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for inner in (model.model.layers[1].mlp.up_proj, model.model.embed_tokens):
+        handle = inner.register_forward_hook(interrupt)
+        inner._forward_hooks.move_to_end(handle.id, last=False)
+        mode.move(DRAWS)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+        mode.settle()
+        handle.remove()
+        assert [p.data_ptr() for p in model.parameters()] == pointers
+        assert same(bits(model), before)
+        assert _len_torch_function_stack() == 0
+        assert mode._scratch.mark() == 0
 
 
 @pytest.mark.parametrize("build", ["exact", "inplace"])
