@@ -67,8 +67,8 @@ def displace_on_cpu(
 
 # Tiles expanded at once: a float32 buffer of them is 1 MiB.
 _TILES = 64
-# Threads beyond these would wait for one another's Python.
-_MOST_THREADS = 8
+# Threads beyond these would wait for one another's Python; one is not woken for fewer tiles.
+_MOST_THREADS, _SHARE = 8, 256
 
 
 def _pieces(item: Item) -> Iterator[Item]:
@@ -113,7 +113,7 @@ class _Mover:
         ]
         tiles = sum(run.tiles for run in runs)
         threads = torch.get_num_threads()
-        shares = max(1, min(threads, _MOST_THREADS, tiles // _TILES))
+        shares = max(1, min(threads, _MOST_THREADS, tiles // _SHARE))
         # torch's own threads are woken once an operation, which costs more than these take
         torch.set_num_threads(1)
         try:
