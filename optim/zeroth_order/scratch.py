@@ -28,13 +28,17 @@ class Scratch:
         return self._top
 
     def take(self, like: Tensor) -> Tensor:
-        """Return an uninitialised contiguous tensor of the shape and dtype of another one."""
+        """Return an uninitialised tensor of the shape, dtype and layout of another one."""
         size = size_of(like)
         if self._top + size > self._buffer.numel() or like.device != self._buffer.device:
-            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            return torch.empty_like(like)
         piece = self._buffer[self._top : self._top + like.numel() * like.element_size()]
         self._top += size
-        return piece.view(like.dtype).view(like.shape)
+        piece = piece.view(like.dtype)
+        if like.is_contiguous():
+            return piece.view(like.shape)
+        # a kernel for another layout would round otherwise
+        return piece.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
     def release(self, mark: int) -> None:
         """Give back what was taken after the mark."""

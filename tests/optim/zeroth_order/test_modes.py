@@ -315,6 +315,18 @@ def test_scratch_is_given_back_and_what_does_not_fit_has_memory_of_its_own() -> 
     assert size_of(torch.empty(3, dtype=torch.bfloat16)) == 64
 
 
+def test_a_displaced_copy_has_the_layout_of_its_tensor() -> None:
+    # another layout is another kernel, with other roundings
+    plain, last = torch.empty(2, 3, 4, 5), torch.channels_last
+    scratch = Scratch(2 * size_of(plain), torch.device("cpu"))
+    tensors = [plain.to(memory_format=last), plain.permute(3, 0, 1, 2), plain[:, :2], plain]
+    for like in tensors:  # the last one has memory of its own
+        scratch.release(0)
+        taken = [scratch.take(like) for _ in range(3)]
+        assert {t.stride() for t in taken} == {torch.empty_like(like).stride()}
+        assert taken[0].untyped_storage().data_ptr() == taken[1].untyped_storage().data_ptr()
+
+
 @pytest.fixture
 def peak_bytes():
     """The counter of the benchmark: torch's storages and NumPy's memory that live at once."""
