@@ -34,3 +34,18 @@ def make_site() -> Callable[..., Any]:
         stamp: object = 0
 
     return Spot
+
+
+@pytest.fixture(scope="session")
+def without_gpu() -> Any:
+    """`without_gpu.py` beside this file, where Triton is installed."""
+    import importlib.util
+    from pathlib import Path
+
+    pytest.importorskip("triton")
+    path = Path(__file__).with_name("without_gpu.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
