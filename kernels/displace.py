@@ -187,7 +187,7 @@ def _above(threshold: float, dtype: torch.dtype) -> float:
     """Return the smallest number of the dtype above a threshold."""
     number = np.float64 if dtype == torch.float64 else np.float32
     below = number(threshold)
-    if below > threshold:
+    if float(below) > threshold:  # numpy would round the threshold to the dtype first
         below = np.nextafter(below, number(-math.inf))
     return float(np.nextafter(below, number(math.inf)))
 

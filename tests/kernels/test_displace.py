@@ -94,15 +94,22 @@ def test_where_the_mask_is_0_the_bits_are_kept() -> None:
 
 
 def test_magnitudes_at_the_threshold_are_chosen() -> None:
+    """M2: also where the threshold, here 0.1, lies between two numbers of the dtype."""
     for dtype in DTYPES:
-        edge = torch.tensor(0.1, dtype=dtype)
-        weights = torch.stack([edge, -edge, edge * (1 + 2 * torch.finfo(dtype).eps)])
-        moved = displace([weights], [1], [(1, 1.0)], masks=[Magnitude(edge.item())])[0]
-        assert (moved != weights).tolist() == [True, True, False]
+        steps = torch.finfo(dtype).eps * torch.arange(-2, 3).double()
+        weight = (0.1 * (1 + steps)).to(dtype)
+        weight = torch.cat([weight, -weight])
+        for threshold in (0.1, *weight[:5].tolist()):
+            chosen = weight.double().abs() <= threshold
+            assert chosen.any()
+            moved = displace([weight], [1], [(1, 1.0)], masks=[Magnitude(threshold)])[0]
+            assert torch.equal(moved != weight, chosen)
+            assert torch.equal(mask_of(weight, 1, Magnitude(threshold)), chosen)
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr("sft.kernels.cpu.displace._SHARE", 60)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -117,6 +124,8 @@ def test_any_group_any_cut_any_number_of_threads(threads: int, queries: int) -> 
     draws = [(key, 1e-3 * key) for key in range(1, queries + 1)]
     together = displace(weights, [1, 2, 3], draws)
     assert torch.get_num_threads() == threads
+    ahead = draw_ahead(range(1, queries + 1), [3, 1], [TILE, 800_001], "rademacher")
+    assert all(map(same, together, displace(weights, [1, 2, 3], draws, drawn=ahead)))
     for w, p, m in zip(weights, [1, 2, 3], together, strict=True):
         assert same(displace([w], [p], draws)[0], m)
         assert same(displace_reference(w, p, draws), m)
@@ -183,8 +192,9 @@ def test_a_mask_is_not_made_of_the_noise_it_masks() -> None:
 def test_no_large_temporary_in_place(dtype: torch.dtype) -> None:
     """Views of the weights aside, nothing made on the way is above 1 MiB."""
     weight = torch.ones(600, 1000, dtype=dtype)
-    strided = torch.ones(1000, 600, dtype=dtype).t()
-    mine = {t.untyped_storage().data_ptr() for t in (weight, strided)}
+    strided = [torch.ones(shape, dtype=dtype).t() for shape in ((1000, 600), (600_001, 2))]
+    weights = [weight, *strided]
+    mine = {w.untyped_storage().data_ptr() for w in weights}
     made: list[int] = []
 
     class Gauge(TorchDispatchMode):
@@ -196,8 +206,8 @@ def test_no_large_temporary_in_place(dtype: torch.dtype) -> None:
             return result
 
     with Gauge():
-        options = {"decays": [0.1, 0.1], "masks": [Magnitude(2.0)] * 2}
-        displace([weight, strided], [1, 2], [(1, 0.1)], out=[weight, strided], **options)
+        options = {"decays": [0.1] * 3, "masks": [Magnitude(2.0)] * 3}
+        displace(weights, [1, 2, 3], [(1, 0.1)], out=weights, **options)
     assert made
     assert max(made) <= 2**20
 
