@@ -79,8 +79,8 @@ def _launch(item: Item, table: Tensor, kind: str, wide: torch.dtype) -> None:
         TILE=TILE,
         NOISE_STREAM=NOISE,
         MASK_STREAM=MASK,
-        # signs take few counters, which every warp draws for itself; the others need registers
-        num_warps=4 if kind == "rademacher" and wide == torch.float32 else 8,
+        # signs take few counters, which every warp draws for itself; normals take registers
+        num_warps={"rademacher": 4, "gaussian_table": 8, "gaussian": 16}[kind],
         # decay * w is rounded before it is added, as on the CPU
         enable_fp_fusion=False,
     )

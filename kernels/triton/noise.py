@@ -51,8 +51,8 @@ def _interleave(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.te
 @triton.jit
 def _pair(radius: tl.tensor, angle: tl.tensor) -> tl.tensor:
     uniform = ((radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-    # the logarithm of a device may be above 0 at 1
-    length = tl.sqrt(tl.maximum(tl.log(uniform) * -2.0, 0.0))
+    # a device's logarithm may have the wrong sign next to 1
+    length = tl.sqrt(tl.abs(tl.log(uniform) * -2.0))
     cosine, sine = _turn(angle)
     return length * cosine, length * sine
 
