@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -65,10 +62,11 @@ def displace_on_cpu(
             _Mover(some, draws, kind, drawn, wide).run()
 
 
-# Tiles expanded at once: a float32 buffer of them is 1 MiB.
-_TILES = 64
-# Threads beyond these would wait for one another's Python; one is not woken for fewer tiles.
-_MOST_THREADS, _SHARE = 8, 256
+# Tiles expanded at once: enough for an operation to be worth its call and torch's threads, few
+# enough for a cache. A float32 buffer of them is 4 MiB.
+_TILES = 256
+# Buffers: what is subtracted, one term of it, a 16-bit weight widened.
+_MOVED, _SPARE, _COPY = range(3)
 
 
 def _pieces(item: Item) -> Iterator[Item]:
@@ -105,28 +103,13 @@ class _Mover:
         used = [(key, coefficient(c, kind, wide)) for key, c in draws]
         self.draws = [(key, c) for key, c in used if c]
 
+    @torch.inference_mode()
     def run(self) -> None:
-        """Move all, shared among as many threads as torch would use."""
+        """Move all."""
         runs = [
             Run(item.parameter, first := item.start // TILE, _end(item) - first, owner)
             for owner, item in enumerate(self.items)
         ]
-        tiles = sum(run.tiles for run in runs)
-        threads = torch.get_num_threads()
-        shares = max(1, min(threads, _MOST_THREADS, tiles // _SHARE))
-        # torch's own threads are woken once an operation, which costs more than these take
-        torch.set_num_threads(1)
-        try:
-            if shares == 1:
-                self._move(runs)
-            else:
-                parts = blocks(runs, -(-tiles // shares))
-                list(_pool(os.getpid()).map(self._move, parts))
-        finally:
-            torch.set_num_threads(threads)
-
-    @torch.inference_mode()
-    def _move(self, runs: list[Run]) -> None:
         # Philox is fast on many counters, but the words of all draws are held at once
         many = BLOCK // LAYOUTS[self.kind].counters // max(1, len(self.draws))
         for block in blocks(runs, max(_TILES, many)):
@@ -139,11 +122,11 @@ class _Mover:
 
     def _sum(self, words: list[Tensor], tiles: int) -> Tensor:
         """Return c_1 z_1 + ... + c_n z_n, flat."""
-        moved, spare = (buffer[:tiles] for buffer in _buffers(3, self.wide)[:2])
+        moved = _buffer(_MOVED, self.wide)[:tiles]
         if not words:
             moved.zero_()
         for turn, (some, (_, c)) in enumerate(zip(words, self.draws, strict=True)):
-            target = spare if turn else moved
+            target = _buffer(_SPARE, self.wide)[:tiles] if turn else moved
             if self.wide == torch.float64:
                 z = torch.empty(target.shape)
                 fill(self.kind, some, 1.0, z)
@@ -151,7 +134,7 @@ class _Mover:
             else:
                 fill(self.kind, some, c, target)
             if turn:
-                moved.add_(spare)
+                moved.add_(target)
         return moved.view(-1)
 
     def _finish(self, part: list[Run], moved: Tensor) -> None:
@@ -165,10 +148,10 @@ class _Mover:
             by = moved[base + inside :][:count]
             base += run.tiles * TILE
             weight, out = (t[first - item.start :][:count] for t in item[:2])
-            spare, copy = (buffer.view(-1)[:count] for buffer in _buffers(3, self.wide)[1:3])
             if weight.dtype != self.wide:
-                weight = copy.copy_(weight)
+                weight = _buffer(_COPY, self.wide).view(-1)[:count].copy_(weight)
             if item.decay:
+                spare = _buffer(_SPARE, self.wide).view(-1)[:count]
                 by.add_(torch.mul(weight, self._decay(item), out=spare))
             if item.mask is not None:
                 item.mask.hide(by, weight, run, inside)
@@ -212,19 +195,11 @@ def _words(key: int, block: list[Run], kind: str, drawn: Words) -> Tensor:
 _kept = threading.local()
 
 
-def _buffers(count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Buffers that a thread keeps, (count, tiles, 4096); those of float64 are not kept."""
-    kept: list[Tensor] = _kept.__dict__.setdefault("buffers", [])
+def _buffer(which: int, dtype: torch.dtype) -> Tensor:
+    """Return a buffer (tiles, 4096) that a thread keeps; those of float64 are not kept."""
     if dtype == torch.float64:
-        return list(torch.empty(count, _TILES, TILE, dtype=dtype))
-    while len(kept) < count:
-        kept.append(torch.empty(_TILES, TILE))
-    return kept
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process; a fork has none of its parent's."""
-    return ThreadPoolExecutor(
-        _MOST_THREADS, f"displace-{process}", functools.partial(torch.set_num_threads, 1)
-    )
+        return torch.empty(_TILES, TILE, dtype=dtype)
+    kept: dict[int, Tensor] = _kept.__dict__.setdefault("buffers", {})
+    if which not in kept:
+        kept[which] = torch.empty(_TILES, TILE)
+    return kept[which]
