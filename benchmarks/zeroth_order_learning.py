@@ -45,7 +45,7 @@ PROMPT, ANSWERS = "{} It was", (" terrible", " great")  # that of MeZO's authors
 TOKENS = (4, 12)  # of a snippet: short ones, so that a run takes minutes on one core
 CHOOSING, HELD_OUT = 250, 500  # examples that choose the learning rate, and that judge
 METHODS = {"mezo": 0.0, "sparse_mezo": 0.75}  # name -> sparsity
-SWEEP = {"mezo": (1e-5, 3e-5, 1e-4, 3e-4), "sparse_mezo": (3e-5, 1e-4, 3e-4, 1e-3)}
+SWEEP = {"mezo": (1e-5, 3e-5, 1e-4), "sparse_mezo": (3e-5, 1e-4, 3e-4)}
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)
 SMOOTHED = 3  # evaluations in a row whose mean is taken
 
@@ -285,7 +285,7 @@ def main() -> None:
     out = Path(__file__).parent / "results/zeroth_order_learning.json"
     parser.add_argument("--sweep", action="store_true", help="sweep the learning rates, then stop")
     parser.add_argument("--archive", type=Path, help=f"source distribution of {PACKAGE}")
-    parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--sweep-updates", type=int, default=60)
     parser.add_argument("--every", type=int, default=15, help="updates between two evaluations")
     parser.add_argument("--batch-size", type=int, default=16)
