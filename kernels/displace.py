@@ -111,7 +111,7 @@ def displace(
         ValueError: lengths, shapes, dtypes or devices do not fit.
 
     Papers: MeZO, arXiv 2305.17333, Algorithm 1; Sparse MeZO, arXiv 2402.15751, for the mask.
-    Buffers: three of 4 MiB a thread, and a bit a weight for each of many draws.
+    Buffers: three of 2 MiB a thread, and a bit a weight for each of many draws.
     """
     out = [torch.empty_like(w) for w in weights] if out is None else list(out)
     decays = [0.0] * len(weights) if decays is None else decays

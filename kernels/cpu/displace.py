@@ -63,8 +63,10 @@ def displace_on_cpu(
 
 
 # Tiles expanded at once: enough for an operation to be worth its call and torch's threads, few
-# enough for a cache. A float32 buffer of them is 4 MiB.
-_TILES = 256
+# enough for a cache. A float32 buffer of them is 2 MiB.
+_TILES = 128
+# From so many tiles on the work is shared among torch's threads.
+_SHARED = 1024
 # Buffers: what is subtracted, one term of it, a 16-bit weight widened.
 _MOVED, _SPARE, _COPY = range(3)
 
@@ -103,13 +105,24 @@ class _Mover:
         used = [(key, coefficient(c, kind, wide)) for key, c in draws]
         self.draws = [(key, c) for key, c in used if c]
 
-    @torch.inference_mode()
     def run(self) -> None:
-        """Move all."""
+        """Move all, by one thread if there is little to do: the others sleep, and wake slowly."""
         runs = [
             Run(item.parameter, first := item.start // TILE, _end(item) - first, owner)
             for owner, item in enumerate(self.items)
         ]
+        threads = torch.get_num_threads()
+        if threads == 1 or sum(run.tiles for run in runs) >= _SHARED:
+            self._move(runs)
+            return
+        torch.set_num_threads(1)
+        try:
+            self._move(runs)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _move(self, runs: list[Run]) -> None:
         # Philox is fast on many counters, but the words of all draws are held at once
         many = BLOCK // LAYOUTS[self.kind].counters // max(1, len(self.draws))
         for block in blocks(runs, max(_TILES, many)):

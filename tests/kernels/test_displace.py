@@ -189,7 +189,7 @@ def test_a_mask_is_not_made_of_the_noise_it_masks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_large_temporary_in_place(dtype: torch.dtype) -> None:
-    """Views of the weights aside, nothing made on the way is above 4 MiB."""
+    """Views of the weights aside, nothing made on the way is above 2 MiB."""
     weight = torch.ones(2400, 1000, dtype=dtype)
     strided = [torch.ones(shape, dtype=dtype).t() for shape in ((1000, 2400), (2_400_001, 2))]
     weights = [weight, *strided]
@@ -208,7 +208,7 @@ def test_no_large_temporary_in_place(dtype: torch.dtype) -> None:
         options = {"decays": [0.1] * 3, "masks": [Magnitude(2.0)] * 3}
         displace(weights, [1, 2, 3], [(1, 0.1)], out=weights, **options)
     assert made
-    assert max(made) <= 2**22 < weight.numel() * weight.element_size()
+    assert max(made) <= 2**21 < weight.numel() * weight.element_size()
 
 
 def test_the_global_random_state_is_left_alone() -> None:
