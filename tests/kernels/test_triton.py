@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,12 @@ def test_tensors_on_a_gpu_come_here() -> None:
     assert found.is_cuda
     assert same(found.cpu(), displace([weight], [1], DRAWS, masks=[Random(3, 0.5)])[0])
     assert same(noise(1, 2, 99, kind=KINDS[0], device="cuda").cpu(), noise(1, 2, 99, kind=KINDS[0]))
+
+
+def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sft.kernels.triton.kernel", None)
+    with pytest.raises(ImportError, match=r"triton: not installed, .* pip install 'sparse-sft"):
+        moved(torch.device("cpu"), [torch.ones(3)], DRAWS)
 
 
 def test_the_table_is_exact_in_half_the_bytes() -> None:
