@@ -148,8 +148,9 @@ def test_a_part_of_a_parameter_says_where_it_starts() -> None:
     whole = displace([weight], [6], [(1, 0.1)], masks=[Random(2, 0.5)])[0]
     starts = [0, 1, TILE, 2 * TILE + 77]
     parts = [weight[a:b] for a, b in zip(starts, [*starts[1:], len(weight)], strict=True)]
-    found = displace(parts, [6] * 4, [(1, 0.1)], masks=[Random(2, 0.5)] * 4, starts=starts)
-    assert same(torch.cat(found), whole)
+    for drawn in (None, draw_ahead([1], [6], [len(weight)], "rademacher")):
+        options = {"masks": [Random(2, 0.5)] * 4, "starts": starts, "drawn": drawn}
+        assert same(torch.cat(displace(parts, [6] * 4, [(1, 0.1)], **options)), whole)
 
 
 def test_there_and_back_differs_but_candidate_and_update_agree() -> None:
