@@ -130,6 +130,7 @@ def check_header(header: Any) -> None:
     _require(isinstance(trained, list) and len(trained) > 0, "it has no trained set")
     for row in trained:
         _require(_is_row(row, len(groups)), f"{str(row)[:80]} is no entry of a trained set")
+        mask_of(row)
     _require(len({row[0] for row in trained}) == len(trained), "a name is in its trained set twice")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -84,13 +85,11 @@ class ZerothOrderLog:
             columns: (groups,), int32: the column of each group; groups with equal rates share one.
         """
         dtype = getattr(torch, self.header["log_dtype"])
-        gradients = torch.tensor(self._gradients.tolist(), dtype=dtype)
-        rates = torch.tensor(self._rates.tolist(), dtype=torch.float64).view(-1, self._groups)
-        distinct, columns = _distinct(rates)
+        distinct, columns = _distinct(_tensor(self._rates).view(-1, self._groups))
         return {
-            "gradients": gradients.view(-1, self._queries),
+            "gradients": _tensor(self._gradients).to(dtype).view(-1, self._queries),
             "rates": distinct,
-            "lengths": torch.tensor(self._lengths.tolist(), dtype=torch.int32),
+            "lengths": _tensor(self._lengths),
             "columns": columns,
         }
 
@@ -105,9 +104,9 @@ class ZerothOrderLog:
         found = cls(header)
         _check_tensors(header, tensors)
         held = {name: tensors[name].cpu() for name in TENSORS}
-        found._gradients = array("f", held["gradients"].flatten().tolist())
-        found._rates = array("d", held["rates"][:, held["columns"].long()].flatten().tolist())
-        found._lengths = array("i", held["lengths"].tolist())
+        found._gradients = _array("f", held["gradients"].float())
+        found._rates = _array("d", held["rates"][:, held["columns"].long()])
+        found._lengths = _array("i", held["lengths"])
         return found
 
     def save(self, path: str | Path) -> None:
@@ -150,6 +149,15 @@ class ZerothOrderLog:
     @property
     def _groups(self) -> int:
         return len(self.header["groups"])
+
+
+def _tensor(values: array[Any]) -> Tensor:
+    """Copy numbers by their bytes: a long log is written often."""
+    return torch.from_numpy(np.array(values))
+
+
+def _array(code: str, values: Tensor) -> array[Any]:
+    return array(code, values.contiguous().numpy().tobytes())
 
 
 def _distinct(rates: Tensor) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,7 @@ def entry(key: str, value: Any) -> Any:
         (entry("trained", [["w", [2], "float32", 0, math.inf]]), "no entry of a trained set"),
         (entry("trained", [["w", [2], "float32", 7, None]]), "no entry of a trained set"),
         (entry("trained", [["w", [2], "Tensor", 0, None]]), "no entry of a trained set"),
+        (entry("trained", [["w", [2], "float32", 0, [5, 1.5]]]), "share: got 1.5"),
         (entry("trained", [["w", [2], "float32", 0, None]] * 2), "twice"),
         (lambda held, _: held.pop("eps"), "its header lacks eps"),
     ],
