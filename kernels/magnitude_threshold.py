@@ -56,8 +56,8 @@ def _nth(flat: Tensor, wanted: int, code: object, count: int) -> tuple[int, int]
     """Return the code of the wanted-th smallest, and how many of its bin are wanted."""
     assert callable(code)
     histogram = torch.zeros(count, dtype=torch.int64, device=flat.device)
-    for piece in flat.split(PIECE):
-        histogram += torch.bincount(code(piece), minlength=count)
+    for start in range(0, len(flat), PIECE):
+        histogram += torch.bincount(code(flat[start : start + PIECE]), minlength=count)
     reached = histogram.cumsum(0)
     found = int(torch.searchsorted(reached, wanted))
     return found, wanted - (int(reached[found - 1]) if found else 0)
@@ -69,5 +69,5 @@ def _magnitude(code: int, integer: torch.dtype, dtype: torch.dtype) -> Tensor:
 
 def magnitude_threshold_reference(weight: Tensor, share: float) -> float:
     """Oracle of `magnitude_threshold`: a sorted list."""
-    magnitudes = sorted(abs(value) for value in weight.double().flatten().tolist())
+    magnitudes: list[float] = sorted(abs(value) for value in weight.double().flatten().tolist())
     return magnitudes[math.ceil(share * len(magnitudes)) - 1]
