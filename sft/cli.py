@@ -108,7 +108,9 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved adapter, or of a delta.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Of a saved adapter, or of a delta.")
+    ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
     base: Annotated[
         str | None, typer.Option("--base", help="The model it was trained on; default: as saved.")
@@ -167,7 +169,10 @@ def env() -> None:
 
 @app.command()
 def replay(
-    log: Annotated[Path, typer.Argument(help="The log of a zeroth-order run, or its run folder.")],
+    log: Annotated[
+        Path,
+        typer.Argument(metavar="LOG", help="The log of a zeroth-order run, or its run folder."),
+    ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write.")],
     base: Annotated[
         str | None, typer.Option("--base", help="The model it started from; default: as logged.")
@@ -204,7 +209,8 @@ def replay(
             log, to=to, base=base, until=until, form=form, dtype=dtype, device=device,
             overwrite=overwrite,
         )  # fmt: skip
-        proof = "; the weights are the run's, bit for bit"
+        cast = "" if dtype == "auto" else f" before the cast to {dtype}"
+        proof = f"; the weights{cast} are the run's, bit for bit"
         if done.proven is None:
             proof = "; the log notes no hash of the weights there"
         print(f"{to}: {done.updates} updates replayed, {done.detail}{proof}")

@@ -87,7 +87,16 @@ def probe(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 
 def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Merge an adapter into its base, in place, and cast the result when asked."""
+    """Merge an adapter into its base, in place, and cast the result when asked.
+
+    Raises:
+        UserError: The adapter has no merged form.
+    """
+    if hasattr(model, "peft_config") and not hasattr(model, "merge_and_unload"):
+        kind = model.active_peft_config.peft_type.value.lower()
+        raise UserError(
+            f"merged: {kind} cannot be merged into the weights of a model; use the adapter itself"
+        )
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return merged if dtype is None else merged.to(dtype)
 

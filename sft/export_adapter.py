@@ -12,7 +12,7 @@ from sft.export import export_checked, probe, trained_logits
 from sft.export_lora import export_lora, lora_bound, verify_lora
 from sft.models import load_model, load_tokenizer
 from sft.schema import ModelSpec
-from sft.whole import refuse_filled
+from sft.whole import refuse_target
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -82,9 +82,8 @@ def _opened(
         raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
-    if not overwrite:
-        refuse_filled(to, "--to", "pass --overwrite to replace it")
     spec = ModelSpec(name=base or _trained_on(adapter))
+    refuse_target(to, overwrite=overwrite, sources=[adapter, spec.name])
     cast = None if dtype == "auto" else getattr(torch, dtype)
     return _tokenizer(adapter, spec), _adapted(adapter, spec), cast
 
@@ -103,7 +102,7 @@ def _trained_on(adapter: Path) -> str:
 def _tokenizer(adapter: Path, spec: ModelSpec) -> Any:
     """Prefer the tokenizer saved beside the adapter: it is the one of the training."""
     saved = (adapter / "tokenizer_config.json").is_file()
-    return load_tokenizer(ModelSpec(name=str(adapter.absolute())) if saved else spec)
+    return load_tokenizer(ModelSpec(name=str(adapter.absolute())) if saved else spec, "--base")
 
 
 def _adapted(adapter: Path, spec: ModelSpec) -> Any:
@@ -114,7 +113,7 @@ def _adapted(adapter: Path, spec: ModelSpec) -> Any:
     from sft.adapters import registry
 
     registry.register_all()
-    model = load_model(spec)
+    model = load_model(spec, "--base")
     try:
         return PeftModel.from_pretrained(model, str(adapter))
     except SafetensorError as error:

@@ -22,11 +22,12 @@ from sft.export import export_checked
 from sft.export_adapter import DTYPES
 from sft.models import load_model, load_tokenizer
 from sft.schema import ModelSpec
-from sft.whole import refuse_filled, written_whole
-from sft.zeroth_order_log import weights_sha
+from sft.whole import refuse_target, written_whole
+from sft.zeroth_order_log import frozen_sha, weights_sha
 
 TENSORS, CONTENT = "delta.safetensors", "delta.json"
 FORMAT = 1
+ENTRIES = {"format", "model", "revision", "model_dtype", "shapes", "base_sha", "merged_sha"}
 
 
 def is_delta(folder: Path) -> bool:
@@ -61,6 +62,7 @@ def save_delta(
         "revision": header.get("revision"),
         "model_dtype": header.get("model_dtype", "auto"),
         "shapes": {name: list(old.shape) for name, old in before.items()},
+        "frozen_sha": header.get("frozen_sha"),
         "base_sha": weights_sha(before.items()),
         "merged_sha": weights_sha((name, after[name]) for name in before),
     }
@@ -87,13 +89,16 @@ def apply_delta(model: nn.Module, folder: Path) -> None:
         if name not in own or list(own[name].shape) != shape:
             has = list(own[name].shape) if name in own else "no such parameter"
             raise UserError(f"{folder}: is of a base whose {name} is {shape}, this one has {has}")
-    _check_sha(own, content, "base_sha", f"{folder}: is of another base; give the one of its run")
+    other = f"{folder}: is of another base; give the one of its run"
+    _check_sha(own, content, "base_sha", other)
+    if content.get("frozen_sha") not in (None, frozen_sha(model, content["shapes"])):
+        raise UserError(other)
     damaged = f"{folder}: is damaged: it leads to other weights; write it again"
     for name in content["shapes"]:
         if f"{name}.indices" in tensors:
             flat = own[name].data.view(-1)
-            indices, values = (tensors[f"{name}.{part}"] for part in ("indices", "values"))
-            if len(indices) != len(values) or int(indices.max()) >= len(flat):
+            indices, values = tensors[f"{name}.indices"], tensors.get(f"{name}.values")
+            if values is None or not _fits(indices, values, len(flat)):
                 raise UserError(damaged)
             flat[indices.long()] = values.to(flat.device, flat.dtype)
     _check_sha(own, content, "merged_sha", damaged)
@@ -116,19 +121,18 @@ def export_delta(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if not overwrite:
-        refuse_filled(to, "--to", "pass --overwrite to replace it")
     content, _ = _read(folder)
     name = base or content["model"]
     if not name:
         raise UserError(f"{folder}: does not name its base model; pass --base")
+    refuse_target(to, overwrite=overwrite, sources=[folder, name])
     revision = None if base else content["revision"]
     known: Any = content["model_dtype"] if content["model_dtype"] in DTYPES else "auto"
     spec = ModelSpec(name=name, revision=revision, dtype=known)
-    model = load_model(spec)
+    model = load_model(spec, "--base")
     apply_delta(model, folder)
     cast = None if dtype == "auto" else getattr(torch, dtype)
-    return export_checked(model, load_tokenizer(spec), to, cast)
+    return export_checked(model, load_tokenizer(spec, "--base"), to, cast)
 
 
 def _differing(old: Tensor, new: Tensor) -> Tensor:
@@ -142,11 +146,24 @@ def _differing(old: Tensor, new: Tensor) -> Tensor:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(f"{folder / CONTENT}: has format {content['format']}, not {FORMAT}")
-        return content, load_file(folder / TENSORS)
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        tensors = load_file(folder / TENSORS)
+        missing = sorted(ENTRIES - content.keys())
+        if missing or not isinstance(content["shapes"], dict):
+            raise ValueError(f"{CONTENT} lacks {', '.join(missing) or 'shapes'}")
+    except (OSError, SafetensorError, AttributeError, ValueError) as error:
         raise UserError(f"{folder}: is no whole delta ({error}); write it again") from error
+    if content["format"] != FORMAT:
+        raise UserError(f"{folder / CONTENT}: has format {content['format']}, not {FORMAT}")
+    return content, tensors
+
+
+def _fits(indices: Tensor, values: Tensor, size: int) -> bool:
+    """Tell whether positions and values are of one length, and inside a tensor of a size."""
+    if indices.shape != values.shape or indices.ndim != 1:
+        return False
+    if indices.dtype not in (torch.int32, torch.int64):
+        return False
+    return not len(indices) or (int(indices.min()) >= 0 and int(indices.max()) < size)
 
 
 def _check_sha(

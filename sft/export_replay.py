@@ -19,7 +19,7 @@ from sft.optim.zeroth_order.log import ZerothOrderLog
 from sft.optim.zeroth_order.rules import STATEFUL
 from sft.replay import find_log, load_log, replay_onto, trained_tensors
 from sft.schema import ModelSpec
-from sft.whole import refuse_filled, written_whole
+from sft.whole import refuse_target, written_whole
 from sft.zeroth_order_log import START, weights_sha
 
 FORMATS = ("merged", "adapter", "delta")
@@ -74,9 +74,8 @@ def replay(
     count = len(log) if until is None else until
     if not 0 <= count <= len(log):
         raise UserError(f"--until: got {until}, allowed is 0 to {len(log)}, the updates of {path}")
-    if not overwrite:
-        refuse_filled(to, "--to", "pass --overwrite to replace it")
     spec = _base(log, path, base)
+    refuse_target(to, overwrite=overwrite, sources=[path, spec.name])
     model = _opened(log, path, spec).to(device)
     before = _copies(model, log) if form == "delta" else {}
     replay_onto(model, log, count)
@@ -97,7 +96,7 @@ def _check_request(log: ZerothOrderLog, path: Path, *, form: str, dtype: str, de
     if dtype != "auto" and form != "merged":
         raise UserError(f"--dtype: is of merged weights; leave it out with --format {form}")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of "meta" there are no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: got {device!r}: {one_line(error)[:200]}") from error
     adapted = bool(log.header.get("adapter"))
@@ -127,7 +126,7 @@ def _opened(log: ZerothOrderLog, path: Path, spec: ModelSpec) -> Any:
     from sft.adapters import registry
 
     registry.register_all()
-    model = load_model(spec)
+    model = load_model(spec, "--base")
     if not log.header.get("adapter"):
         return model
     start = path.parent / START
@@ -180,7 +179,7 @@ def _tokenizer(path: Path, spec: ModelSpec) -> Any:
     """Prefer the tokenizer that the run saved beside its adapter."""
     saved = path.parent.parent / "adapter"
     trained_with = (saved / "tokenizer_config.json").is_file()
-    return load_tokenizer(ModelSpec(name=str(saved.absolute())) if trained_with else spec)
+    return load_tokenizer(ModelSpec(name=str(saved.absolute())) if trained_with else spec, "--base")
 
 
 def _base(log: ZerothOrderLog, path: Path, given: str | None) -> ModelSpec:

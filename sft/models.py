@@ -12,11 +12,12 @@ from sft.errors import UserError, one_line, unknown_name
 from sft.schema import ModelSpec
 
 
-def load_model(spec: ModelSpec) -> Any:
+def load_model(spec: ModelSpec, key: str = "model.name") -> Any:
     """Load the model named by a recipe, in eval mode, on the CPU.
 
     Args:
         spec: The `model:` section. Code shipped with a model runs only with `trust_remote_code`.
+        key: What an error calls the name: where the user gave it.
 
     Raises:
         UserError: When the model cannot be found or does not load.
@@ -25,7 +26,7 @@ def load_model(spec: ModelSpec) -> Any:
 
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    return _load(AutoModelForCausalLM, spec, dtype=dtype, **extra)
+    return _load(AutoModelForCausalLM, spec, key, dtype=dtype, **extra)
 
 
 def load_config(spec: ModelSpec) -> Any:
@@ -46,17 +47,17 @@ def load_config(spec: ModelSpec) -> Any:
     return config
 
 
-def load_tokenizer(spec: ModelSpec) -> Any:
+def load_tokenizer(spec: ModelSpec, key: str = "model.name") -> Any:
     """Load the model's tokenizer; a missing padding token becomes the end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, spec)
+    tokenizer = _load(AutoTokenizer, spec, key)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def locate(spec: ModelSpec) -> str:
+def locate(spec: ModelSpec, key: str = "model.name") -> str:
     """Return the folder or hub id behind a name; an embedded model is converted on first use."""
     if spec.name in embedded.MODELS:
         return str(embedded.folder_of(spec.name))
@@ -64,19 +65,19 @@ def locate(spec: ModelSpec) -> str:
     if path.is_dir():
         return str(path)
     if path.is_absolute() or spec.name.startswith((".", "~")):
-        raise UserError(f"model.name: {spec.name}: no such folder")
+        raise UserError(f"{key}: {spec.name}: no such folder")
     return spec.name
 
 
-def _load(auto: Any, spec: ModelSpec, **extra: Any) -> Any:
+def _load(auto: Any, spec: ModelSpec, key: str = "model.name", **extra: Any) -> Any:
     """Call `from_pretrained`, and say in one line why it failed."""
-    name = locate(spec)
+    name = locate(spec, key)
     try:
         return auto.from_pretrained(
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **extra
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.name: {spec.name}: does not load ({one_line(error)[:300]}); "
+            f"{key}: {spec.name}: does not load ({one_line(error)[:300]}); "
             f"expected a local folder, a hub id, or one of: {', '.join(embedded.MODELS)}"
         ) from error

@@ -15,7 +15,7 @@ from sft.optim.zeroth_order.keys import parameter_ids
 from sft.optim.zeroth_order.log import ZerothOrderLog
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.optim.zeroth_order.trained import Trained
-from sft.zeroth_order_log import LOG, weights_sha
+from sft.zeroth_order_log import LOG, frozen_sha, weights_sha
 
 
 @torch.no_grad()
@@ -97,8 +97,8 @@ def _optimizer(model: nn.Module, log: ZerothOrderLog) -> ZerothOrderOptimizer:
     """Return a new optimizer of the log's trained set."""
     header = log.header
     tensors = trained_tensors(model, log)
-    found = weights_sha(tensors.items())
-    if header["start_sha"] not in (None, found):
+    found = {"start_sha": weights_sha(tensors.items()), "frozen_sha": frozen_sha(model, tensors)}
+    if any(header.get(key) not in (None, sha) for key, sha in found.items()):
         raise UserError(
             "base: its weights are others than those the run started from; give the very model, "
             "or its revision, that the run was given"

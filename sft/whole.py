@@ -6,18 +6,32 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sft.errors import UserError
 
 
-def refuse_filled(folder: Path, key: str, remedy: str) -> None:
-    """Raise when a folder that we are to write already holds something."""
-    if folder.is_file():
-        raise UserError(f"{key}: {folder}: is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{key}: {folder}: is not empty; {remedy}")
+def refuse_target(to: Path, *, overwrite: bool, sources: Iterable[Path | str] = ()) -> None:
+    """Raise when a command cannot write a folder.
+
+    Args:
+        to: the folder, of the option `--to`.
+        overwrite: it may be replaced when it holds something.
+        sources: files and folders that are read; those that do not exist are hub ids.
+
+    Raises:
+        UserError: it is a file, is filled, or would take a source along when it is replaced.
+    """
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to: {to}: is a file; give a folder")
+    if not overwrite and to.is_dir() and any(to.iterdir()):
+        raise UserError(f"--to: {to}: is not empty; pass --overwrite to replace it")
+    for source in map(Path, sources):
+        if source.exists() and source.resolve().is_relative_to(to.resolve()):
+            raise UserError(
+                f"--to: {to}: would replace {source}, which is read; give another folder"
+            )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sft.adapters.layer import sparse_layers
 from sft.folder import ZEROTH_ORDER
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.whole import written_whole
 
 LOG, START = "log.safetensors", "start"
+SAMPLE = 256  # entries of a frozen weight
+_STRIDE = 2_654_435_761  # a prime larger than any weight, so that no entry is taken twice
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
             name, revision = self.base or (str(getattr(model.config, "_name_or_path", "")), None)
             stock.log.header |= {
                 "start_sha": weights_sha((t.name, t.parameter) for t in stock.trained),
+                "frozen_sha": frozen_sha(model, {t.name for t in stock.trained}),
                 "device": stock.trained[0].parameter.device.type,
                 "model": name,
                 "revision": revision,
@@ -105,6 +109,31 @@ def weights_sha(named: Iterable[tuple[str, Tensor]]) -> str:
         for start in range(0, len(held), 2**24):  # a copy of a large tensor is never made
             digest.update(held[start : start + 2**24].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_sha(model: nn.Module, trained: Collection[str]) -> str:
+    """Return the SHA-256 over a sample of each weight that is not trained.
+
+    Left out are quantised weights, which may differ from device to device, and the base weights of
+    sparse layers, whose adapters know them by fingerprints of their own: in training they may hold
+    other values.
+
+    Args:
+        model: as a run starts.
+        trained: full names of the trained parameters.
+    """
+    own = {id(p) for layer in sparse_layers(model).values() for p in layer.parameters()}
+    return weights_sha(
+        (f"{name} {list(p.shape)}", _sample(p))
+        for name, p in sorted(model.named_parameters())
+        if name not in trained and id(p) not in own and p.is_floating_point()
+    )
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().flatten()
+    count = min(SAMPLE, flat.numel())
+    return flat[torch.arange(count, device=flat.device) * _STRIDE % max(1, flat.numel())]
 
 
 def _bring_start(folder: Path, checkpoint: Path | None) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
-import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sft.cli import app
-from sft.errors import UserError
-from sft.export_delta import apply_delta, save_delta
 from sft.export_replay import replay
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.log import KEY, ZerothOrderLog
@@ -37,6 +34,8 @@ METHODS = {
     "full": "{name: full}",
     "lora": "{name: lora, r: 2, target_modules: [q_proj, v_proj]}",
     "sparse": "{name: spiel, growth: none, density: 0.1}",
+    "part": "{name: full, modules: [q_proj]}",
+    "prompt": "{name: prompt_tuning, num_virtual_tokens: 2}",
 }
 
 
@@ -133,7 +132,8 @@ def test_a_part_of_the_log_gives_the_weights_of_that_update(runs, tmp_path) -> N
 
 def test_a_cast_is_of_the_merged_weights(run_of, tmp_path) -> None:
     run = run_of("full")
-    replay(run, to=tmp_path / "half", dtype="bfloat16")
+    printed = command("replay", run, "--to", tmp_path / "half", "--dtype", "bfloat16").stdout
+    assert "; the weights before the cast to bfloat16 are the run's, bit for bit" in printed
     merged, cast = load_file(run / "merged" / MODEL), load_file(tmp_path / "half" / MODEL)
     assert all(torch.equal(merged[name].bfloat16(), cast[name]) for name in merged)
 
@@ -199,6 +199,43 @@ def test_another_base_is_refused(run_of, runs, other_base, tmp_path) -> None:
     assert not to.exists()
 
 
+@pytest.mark.parametrize("kind", ["lora", "sparse", "part"])
+def test_frozen_weights_have_to_be_those_of_the_run(run_of, kind, other_base, tmp_path) -> None:
+    run = run_of(kind)
+    line = refused("replay", run, "--base", other_base, "--to", tmp_path / "to")
+    assert line.startswith("sft: base: its weights are others than those the run started from; ")
+    if kind == "part":
+        replay(run, to=tmp_path / "delta", form="delta")
+        line = refused("export", tmp_path / "delta", "--base", other_base, "--to", tmp_path / "to")
+        assert "is of another base" in line
+    assert not (tmp_path / "to").exists()
+
+
+def test_what_is_read_is_never_replaced(run_of, tiny_model, tmp_path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(run_of("full"), run)
+    shutil.copytree(tiny_model, base)
+    for to, names in ((run, "log"), (run / "zeroth_order", "log"), (base, "base")):
+        line = refused("replay", run, "--base", base, "--to", to, "--overwrite")
+        assert re.search(rf"--to: {to}: would replace .*{names}.*, which is read; give an", line)
+    line = refused("replay", run, "--to", run / "run.json", "--overwrite")
+    assert line.endswith("is a file; give a folder")
+    replay(run, to=tmp_path / "delta", form="delta")
+    for to in (tmp_path / "delta", tmp_path, base):
+        line = refused("export", tmp_path / "delta", "--base", base, "--to", to, "--overwrite")
+        assert "which is read; give another folder" in line
+    assert load_log(find_log(run)) and (base / MODEL).is_file() and not list(run.glob(".*"))
+
+
+def test_what_has_no_merged_form_is_replayed_as_an_adapter(runs, tmp_path) -> None:
+    run = runs("prompt", f"method={METHODS['prompt']}", "export.merged=false")
+    line = refused("replay", run, "--to", tmp_path / "merged")
+    assert "merged: prompt_tuning cannot be merged into the weights of a model; use the" in line
+    replay(run, to=tmp_path / "adapter", form="adapter")
+    assert same(tmp_path / "adapter" / ADAPTER, run / "adapter" / ADAPTER)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def rewritten(log: Path, to: Path, **changes) -> Path:
     """Copy a log with another header or other gradients."""
     found = ZerothOrderLog.load(log)
@@ -234,6 +271,8 @@ def test_modes_that_drift_are_refused(run_of, tmp_path, mode) -> None:
         (["--format", "gguf"], "--format: got 'gguf'; expected one of merged, adapter, delta"),
         (["--format", "adapter"], "--format: got adapter; the run trained the model itself"),
         (["--device", "abacus"], "--device: got 'abacus': Expected one of cpu, cuda"),
+        (["--device", "meta"], "--device: got 'meta': "),
+        (["--base", "./nowhere"], "--base: ./nowhere: no such folder"),
         (["--dtype", "int8"], "--dtype: got 'int8'; expected one of auto"),
         (["--format", "delta", "--dtype", "float16"], "--dtype: is of merged weights"),
     ],
@@ -317,33 +356,3 @@ def test_a_hash_is_of_names_types_shapes_and_bits() -> None:
     found = {weights_sha([pair]) for pair in [("a", zero), *others]}
     assert len(found) == 6
     assert weights_sha([("a", zero.t().contiguous().t())]) == weights_sha([("a", zero)])
-
-
-def test_a_damaged_delta_is_refused(llama, tmp_path) -> None:
-    model, base = llama(), llama()
-    with torch.no_grad():
-        model.model.norm.weight[5] = 7.0
-        model.lm_head.weight.view(-1)[0] = -0.0
-        base.lm_head.weight.view(-1)[0] = 0.0
-    before, after = (dict(m.named_parameters()) for m in (base, model))
-    assert "2 of " in save_delta(tmp_path / "d", before, after, {})
-    file = tmp_path / "d/delta.safetensors"
-    good = load_file(file)
-    for name, tensor in (
-        ("model.norm.weight.indices", torch.tensor([99], dtype=torch.int32)),
-        ("model.norm.weight.values", torch.tensor([7.5])),
-        ("model.norm.weight.values", torch.tensor([7.0, 7.0])),
-    ):
-        save_file({**good, name: tensor}, file)
-        with pytest.raises(UserError, match="is damaged: it leads to other weights; write it ag"):
-            apply_delta(copy.deepcopy(base), tmp_path / "d")
-    save_file(good, file)
-    apply_delta(base, tmp_path / "d")
-    for (name, a), b in zip(model.named_parameters(), base.parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert math.copysign(1, base.lm_head.weight.detach().view(-1)[0]) == -1
-    with pytest.raises(UserError, match="is of another base"):
-        apply_delta(base, tmp_path / "d")
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match="is no whole delta"):
-        apply_delta(base, tmp_path / "d")
