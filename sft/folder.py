@@ -31,6 +31,12 @@ def check(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
     checkpoint = _checkpoint(folder, resume)
     former = _run_files(folder)
     if former and checkpoint is None and not overwrite:
+        if resume is not None:
+            raise UserError(
+                f"training.resume_from_checkpoint: {resume}: {folder} holds a run "
+                f"({former[0].name}) without a whole checkpoint; set overwrite: true, or give "
+                "another folder"
+            )
         raise UserError(
             f"training.output_dir: {folder}: already holds a run ({former[0].name}); "
             "set overwrite: true, training.resume_from_checkpoint: auto, or another folder"

@@ -115,6 +115,8 @@ def test_a_finished_run_is_not_overwritten_unless_told(recipe_file, tmp_path):
     (folder / "stage-7").mkdir()
     message = refused("train", recipe_file)
     assert "already holds a run (run.json); set overwrite: true" in message
+    message = refused("train", recipe_file, "training.resume_from_checkpoint=auto")
+    assert "holds a run (run.json) without a whole checkpoint; set overwrite: true, or" in message
     assert (folder / "run.json").read_text() == "old"
     result = run("train", recipe_file, "overwrite=true", "export.merged=false", "--plain")
     assert result.exit_code == 0, result.output
