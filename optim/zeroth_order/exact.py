@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from sft.optim.zeroth_order.reads import Owned, Reads, owners, watch
 from sft.optim.zeroth_order.rows import DisplacedRows
 from sft.optim.zeroth_order.scratch import Scratch, size_of
 from sft.optim.zeroth_order.trained import Trained
+
+logger = logging.getLogger(__name__)
 
 
 class ExactMode:
@@ -50,6 +53,7 @@ class ExactMode:
         self.reads = watch(owned, forward)
         copied = _copied(trained, owned, self.reads)
         self.copied = [t for t in trained if id(t.parameter) in copied]
+        _warn_of_unread(trained, self.reads)
         self._kind, self._after = kind, after
         self._draws: Draws = ()
         self._originals: list[Tensor] = []
@@ -162,6 +166,18 @@ class ExactMode:
                 t.parameter.data = original
             self._standing -= keys
             self._scratch.release(mark)
+
+
+def _warn_of_unread(trained: Sequence[Trained], reads: Reads) -> None:
+    read = reads.anywhere
+    unread = [t.name for t in trained if id(t.parameter) not in read]
+    if unread:
+        logger.warning(
+            "model: the first batch does not read %d of the trained tensors; what no batch reads "
+            "is moved by noise alone, freeze it: %s",
+            len(unread),
+            ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else ""),
+        )
 
 
 def _copied(trained: Sequence[Trained], owned: Owned, reads: Reads) -> set[int]:

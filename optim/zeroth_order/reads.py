@@ -28,10 +28,10 @@ class Reads:
     whole: set[tuple[int, int]] = field(default_factory=set)  # (module, parameter): all of it
     elsewhere: set[int] = field(default_factory=set)  # parameters, while no owner of theirs ran
 
-    def read(self, parameter: nn.Parameter) -> bool:
-        """Whether anything read the parameter at all."""
-        inside = {p for _, p in self.looked_up | self.whole}
-        return id(parameter) in inside | self.elsewhere
+    @property
+    def anywhere(self) -> set[int]:
+        """Parameters that anything read at all."""
+        return {p for _, p in self.looked_up | self.whole} | self.elsewhere
 
 
 def owners(model: nn.Module, parameters: set[int]) -> Owned:

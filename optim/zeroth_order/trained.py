@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sft.kernels.displace import Magnitude, Mask, Random
 from sft.kernels.magnitude_threshold import magnitude_threshold
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.keys import mask_key, parameter_ids
+
+TIES = 0.01  # share of a tensor that may be trained beyond what was asked for, without a word
+PIECE = 2**20  # entries that are counted at a time
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +61,16 @@ def trained_set(
         logger.warning(
             "sparsity: %d tensors are left out, as their smallest weights are all zero: %s",
             len(left_out),
-            ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else ""),
+            _listed(left_out),
+        )
+    tied = [t.name for t in found if _is_tied(t, 1 - config.sparsity)]
+    if tied:
+        logger.warning(
+            "sparsity: of %d tensors more than %.3g%% is trained, as many weights are as large as "
+            "the threshold: %s",
+            len(tied),
+            100 * (1 - config.sparsity),
+            _listed(tied),
         )
     if not found:
         raise ValueError(
@@ -64,6 +78,20 @@ def trained_set(
             f"sparsity={config.sparsity} met zero weights alone; set sparsity=0 for adapters"
         )
     return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _is_tied(trained: Trained, share: float) -> bool:
+    """Whether a magnitude mask takes in many more entries than it was asked for, as of all ones."""
+    if not isinstance(trained.mask, Magnitude):
+        return False
+    weight = trained.parameter.detach().flatten()
+    counts = [(piece.abs() <= trained.mask.threshold).sum() for piece in torch.split(weight, PIECE)]
+    spare = int(sum(counts)) - math.ceil(share * len(weight))
+    return spare > TIES * len(weight)
 
 
 def _mask(parameter: nn.Parameter, config: ZerothOrderConfig, seed: int) -> Mask | None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.kernels.displace import Magnitude, Random, mask_of
+from sft.optim.zeroth_order.config import ZerothOrderConfig
+from sft.optim.zeroth_order.trained import trained_set
 
 SEED = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -65,6 +67,19 @@ def test_m4_sparsity_0_has_no_mask_and_08_trains_a_fifth(zo: Any) -> None:
     assert float((optimizer.trained[0].parameter != start).float().mean()) == pytest.approx(
         0.2, abs=0.005
     )
+
+
+def test_m4_ties_that_are_trained_as_well_are_reported(caplog: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    random = nn.Parameter(torch.randn(5000, generator=generator))
+    named = [("random", random), ("norm", nn.Parameter(torch.ones(40)))]
+    trained_set(named, ZerothOrderConfig(sparsity=0.75), SEED)
+    assert "of 1 tensors more than 25% is trained" in caplog.text
+    assert caplog.text.rstrip().endswith("threshold: norm")
+    caplog.clear()
+    trained_set(named[:1], ZerothOrderConfig(sparsity=0.75), SEED)
+    trained_set(named, ZerothOrderConfig(sparsity=0.75, mask="random"), SEED)
+    assert not caplog.text
 
 
 def test_m6_between_steps_one_number_a_tensor_is_held(zo: Any) -> None:

@@ -116,6 +116,13 @@ def test_what_is_read_elsewhere_is_copied_whole_and_the_caller_is_told() -> None
     assert same(bits(model), before)
 
 
+def test_what_the_first_batch_does_not_read_is_named(caplog) -> None:
+    model = Borrower()
+    ExactMode(model, everything(model), "rademacher", lambda: model(IDS % 9))
+    assert "does not read 2 of the trained tensors" in caplog.text
+    assert caplog.text.rstrip().endswith("freeze it: never.weight, never.bias")
+
+
 class SharedBias(nn.Module):
     """Holds the bias of its own child, as BERT's prediction head does."""
 

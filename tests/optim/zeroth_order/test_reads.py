@@ -52,7 +52,7 @@ def test_reads_outside_the_owner_are_told_apart() -> None:
 
 def test_an_accessor_reads_no_values_but_a_transpose_does() -> None:
     model, owned, reads = seen()
-    assert not reads.read(model.unused.weight)
+    assert id(model.unused.weight) not in reads.anywhere
     transposed = watch(owned, lambda: model.unused.weight.T)
     assert transposed.elsewhere == {id(model.unused.weight)}
 
