@@ -23,8 +23,8 @@ def step_section(result: dict[str, Any]) -> str:
     machine = result["machine"]
     rows = [
         "## One zeroth-order step\n",
-        f"`python benchmarks/zeroth_order_step.py`: {result['arguments']['model']}, fp32, two-sided, one "
-        f"direction, {machine['threads']} threads of {machine['processor']}. Ratios of wall "
+        f"`python benchmarks/zeroth_order_step.py`: {result['arguments']['model']}, fp32, "
+        f"two-sided, one direction, {machine['threads']} threads of {machine['processor']}. Ratios of wall "
         "time, and of process CPU time in brackets, to two forward passes over the same batch. "
         "Extra is the peak of what lives during a step, over that of an inference and with what "
         "the method keeps beside the model; the largest trained module takes "
