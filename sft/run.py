@@ -63,11 +63,14 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     data, tokenizer, model = _load(recipe, method, phases)
     with phases.phase("method"):
         model = _attached(recipe, method, model)
+        report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
+        try:
+            trainer = _build_trainer(recipe, model, tokenizer, data, report)
+        except ValueError as error:
+            raise UserError(f"training: {error}") from error
         # everything fits: from here on the folder is this run's
         run_folder.clear(output, keep_checkpoints=checkpoint is not None)
         (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-        report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
-        trainer = _build_trainer(recipe, model, tokenizer, data, report)
         trained, total = method.counts(model)
         phases.note(_trains(recipe, trained, total))
         if not (method.saved or recipe.export.merged):
