@@ -31,7 +31,7 @@ from sft.optim.zeroth_order.reference import ReferenceMode
 from sft.optim.zeroth_order.trained import trained_set
 from sft.randomness import own_randomness
 from sft.zeroth_order_checks import check_run, check_trained
-from sft.zeroth_order_processes import alike, processes
+from sft.zeroth_order_processes import make_alike, processes, unwrapped
 
 # what TRL's trainers count while they compute a loss; a second evaluation must not count again
 COUNTERS = ("_metrics", "_total_train_tokens")
@@ -56,8 +56,10 @@ class ZerothOrder:
     def __init__(self, trainer: Any, config: ZerothOrderConfig) -> None:
         self.trainer, self.config = trainer, config
         self._parameters: list[tuple[str, nn.Parameter]] = []
+        self._made_for: set[int] = set()  # `id`s of what required a gradient
         self._engine: Engine | None = None
         self._micro_batches = 0
+        self._running = self._resumed = False
         check_run(trainer, config)
 
     @property
@@ -68,34 +70,37 @@ class ZerothOrder:
 
     @contextmanager
     def training(self, *, resumed: bool) -> Iterator[None]:
-        """Freeze the trained set while the trainer runs: nothing wraps it for gradients."""
-        model = self.trainer.model
-        if not resumed:
-            self._calibrate(model)
-        self._parameters = _trainable(model)
-        check_trained(self.trainer, self.config, self._parameters)
-        for _, parameter in self._parameters:
-            parameter.requires_grad_(False)
+        """Keep the trained set frozen while the trainer runs: nothing wraps it for gradients."""
+        self._running, self._resumed = True, resumed
         try:
-            with alike(self.trainer.accelerator, model):
+            with unwrapped(self.trainer.accelerator):
                 yield
         finally:
             if self._engine is not None:
                 self._engine.close()
-            self._engine = None
             for _, parameter in self._parameters:
                 parameter.requires_grad_(True)
+            self._engine, self._parameters = None, []
+            self._running, self._micro_batches = False, 0
 
     def optimizer(self, given: Any = None) -> Any:
         """Return an optimizer of the trained set as it is now, or the one that was made before.
 
+        In training the trained set is frozen from here on: the model is the one that is trained,
+        also where a `model_init` makes it.
+
         Raises:
-            ValueError: the trainer was given an optimizer of gradients.
+            ValueError: the trainer was given an optimizer of gradients, or something else is to be
+                trained than what the optimizer was made for.
         """
-        if given is not None:
-            _stepping(given)
-            return given
+        if self._running and not self._parameters:
+            self._freeze(self.trainer.model)
         parameters = self._parameters or _trainable(self.trainer.model)
+        wanted = {id(parameter) for _, parameter in parameters}
+        if given is not None:
+            _check_same(_stepping(given), self._made_for, wanted)
+            return given
+        self._made_for = wanted
         trained = trained_set(parameters, self.config, self.seed)
         groups = _groups(self.trainer, [(t.name, t.parameter) for t in trained])
         model = self.trainer.model
@@ -183,6 +188,17 @@ class ZerothOrder:
                 stack.enter_context(_FullPrecisionLosses())
             yield
 
+    def _freeze(self, model: nn.Module) -> None:
+        """Note what is trained, and let it be alike on all processes and need no gradient."""
+        if not self._resumed:
+            self._calibrate(model)
+        parameters = _trainable(model)
+        check_trained(self.trainer, self.config, parameters)
+        make_alike(self.trainer.accelerator, model)
+        self._parameters = parameters
+        for _, parameter in parameters:
+            parameter.requires_grad_(False)
+
     def _calibrate(self, model: nn.Module) -> None:
         """Choose supports that a batch decides, while gradients may still be asked for."""
         check_processes(model, [], count=self.trainer.args.world_size)
@@ -226,6 +242,16 @@ def _stepping(optimizer: Any) -> ZerothOrderOptimizer:
     return found
 
 
+def _check_same(optimizer: ZerothOrderOptimizer, made_for: set[int], wanted: set[int]) -> None:
+    """Raise ValueError when another part of the model is trained than the time before."""
+    if (made_for or {id(t.parameter) for t in optimizer.trained}) != wanted:
+        raise ValueError(
+            f"model: got {len(wanted)} parameters that require a gradient, other ones than the "
+            f"{len(optimizer.trained)} that the optimizer was made for; set trainer.optimizer = "
+            "None to begin anew"
+        )
+
+
 def _moved(layers: Sequence[SparseLayer]) -> None:
     """Let sparse layers write their values before they next run."""
     for layer in layers:
@@ -234,13 +260,28 @@ def _moved(layers: Sequence[SparseLayer]) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off below the model; the model itself still says that it trains."""
+    """Switch dropout off; the model itself still says that it trains, except while it runs."""
     switched = [m for m in model.modules() if m is not model and m.training]
     for module in switched:
         module.training = False
+
+    def enter(*_: Any) -> None:
+        model.training = False
+
+    def leave(*_: Any) -> None:
+        model.training = trains
+
+    trains = model.training
+    handles = (
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+    )
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
+        model.training = trains
         for module in switched:
             module.training = True
 
@@ -258,11 +299,11 @@ def _uncounted(trainer: Any) -> Iterator[None]:
 class _FullPrecisionLosses(TorchFunctionMode):
     """Takes a loss of half-precision logits in fp32: in bf16 it has steps of 0.004."""
 
-    LOSSES = (
-        functional.cross_entropy, functional.nll_loss, functional.mse_loss, functional.l1_loss,
-        functional.smooth_l1_loss, functional.binary_cross_entropy_with_logits,
-        functional.log_softmax, functional.kl_div,
-    )  # fmt: skip
+    LOSSES = frozenset(
+        {getattr(functional, name) for name in dir(functional) if name.endswith("_loss")}
+        | {functional.cross_entropy, functional.kl_div, functional.log_softmax}
+        | {functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits}
+    )
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -9,7 +9,6 @@ from torch import nn
 
 from sft.identity import sparse_tuner
 from sft.optim.zeroth_order.config import ZerothOrderConfig
-from sft.updates import wants_per_layer
 
 
 def check_run(trainer: Any, config: ZerothOrderConfig) -> None:
@@ -41,6 +40,7 @@ def check_run(trainer: Any, config: ZerothOrderConfig) -> None:
             "mode='inplace' or torch_compile=False"
         )
     _check_policy_loss(args)
+    _check_unread(args, config)
 
 
 def check_trained(
@@ -50,6 +50,18 @@ def check_trained(
     model = trainer.model
     if not parameters:
         raise ValueError("model: no parameter requires a gradient, so there is nothing to train")
+    places = sorted({str(parameter.device) for _, parameter in parameters})
+    if places == ["meta"] or len(places) > 1:
+        raise ValueError(
+            f"device_map: puts what is trained on {', '.join(places)}; load the model without a "
+            "map, one device has to hold all that is trained"
+        )
+    compiled = any(_is_compiled(module) for module in model.modules())
+    if compiled and config.mode == "exact":
+        raise ValueError(
+            "model: is compiled, and would not see weights that stand in for others; set "
+            "mode='inplace' or leave torch.compile out"
+        )
     if config.sparsity > 0 and getattr(model, "peft_config", None):
         raise ValueError(
             f"sparsity: got {config.sparsity} for an adapter, whose weights start at zero and "
@@ -59,21 +71,38 @@ def check_trained(
     if tuner is None:
         return
     for name in tuner.active_adapters:
-        dynamics = tuner.dynamics(name, 1)
-        if dynamics is not None and (dynamics.reads_gradients or dynamics.reads_accumulators):
+        for key, allowed in backward_only(tuner.peft_config[name]).items():
+            value = getattr(tuner.peft_config[name], key)
             raise ValueError(
-                f"growth: adapter {name!r} moves its support by gradients, of which there are "
-                "none; set growth='none' and choose the support at the start"
+                f"{key}: got {value!r} in adapter {name!r}, which needs gradients; set {allowed}"
             )
-        chosen = tuner.peft_config[name].optimizer
-        if chosen not in ("auto", "trainer"):
+
+
+def backward_only(config: Any) -> dict[str, str]:
+    """Return the settings of a method that need a backward pass, each with what to set instead."""
+    found = dict(getattr(config, "backward_only", {}))
+    if getattr(config, "optimizer", "auto") not in ("auto", "trainer"):
+        found["optimizer"] = "auto"
+    return found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _check_unread(args: Any, config: ZerothOrderConfig) -> None:
+    """Refuse training arguments that would be ignored."""
+    for key in ("optim", "optim_args"):
+        got, default = getattr(args, key), type(args).__dataclass_fields__[key].default
+        if got != default:
             raise ValueError(
-                f"optimizer: adapter {name!r} asks for {chosen!r}, which needs gradients; leave it "
-                "at 'auto', zeroth_order.update names the rule"
+                f"{key}: got {getattr(got, 'value', got)!r}, of an optimizer of gradients; leave "
+                "it out, zeroth_order.update names the rule"
             )
-    if wants_per_layer(tuner):
+    if args.neftune_noise_alpha is not None and not config.dropout:
         raise ValueError(
-            "per_layer_updates: happen during backward, of which there is none; switch them off"
+            f"neftune_noise_alpha: got {args.neftune_noise_alpha}, noise of training like dropout, "
+            "which is off; set dropout=True, or leave it out"
         )
 
 

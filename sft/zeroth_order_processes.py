@@ -14,24 +14,33 @@ from torch import nn
 from sft.optim.zeroth_order.engine import ALONE, Processes
 
 
-@contextmanager
-def alike(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """Give every process the weights of the first, and keep the model from being wrapped in DDP.
+def make_alike(accelerator: Any, model: nn.Module) -> None:
+    """Give every process the weights of the first, as DDP does.
 
-    DDP does the first as well; the rest of it is for gradients, and it refuses a model that has
-    none. What the processes add to their weights afterwards is the same to the bit.
+    What the processes add to their weights afterwards is the same to the bit.
 
     Args:
-        accelerator: of the trainer; prepares models as for evaluation while the context lasts.
+        accelerator: of the trainer.
         model: parameters and buffers of it are overwritten, on all but the first process.
     """
     if accelerator.num_processes == 1:
-        yield
         return
     for tensor in chain(model.parameters(), model.buffers()):
         held = tensor.detach().to(accelerator.device).contiguous()
         torch.distributed.broadcast(held, src=0)
         tensor.detach().copy_(held)
+
+
+@contextmanager
+def unwrapped(accelerator: Any) -> Iterator[None]:
+    """Keep models from being wrapped in DDP, which is for gradients and refuses what has none.
+
+    Args:
+        accelerator: of the trainer; prepares models as for evaluation while the context lasts.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
     try:
         yield

@@ -11,6 +11,7 @@ from sft.optim.zeroth_order.config import OBJECTIVES, ZerothOrderConfig
 from sft.schema import Recipe
 from sft.trainable import build_method
 from sft.yaml_source import Source
+from sft.zeroth_order_checks import backward_only
 
 # Names of the training section that choose a first-order optimizer.
 _OPTIMIZER_KEYS = ("optim", "optim_args", "optim_target_modules")
@@ -51,20 +52,12 @@ def build_zeroth_order(section: dict[str, Any] | None) -> ZerothOrderConfig | No
 def _check_method(recipe: Recipe, source: Source) -> None:
     """Refuse settings of the method that only a backward pass can serve."""
     config = build_method(recipe.method).config
-    for key, allowed in _backward_only(config).items():
+    for key, allowed in backward_only(config).items():
         value = getattr(config, key)
         raise source.error(
             f"method.{key}",
             f"got {value!r}, which zeroth_order cannot serve; set {allowed}",
         )
-
-
-def _backward_only(config: Any) -> dict[str, str]:
-    """Return the settings that need a backward pass, each with what to set instead."""
-    found = dict(getattr(config, "backward_only", {}))
-    if getattr(config, "optimizer", "auto") not in ("auto", "trainer"):
-        found["optimizer"] = "auto"
-    return found
 
 
 def _check_training(recipe: Recipe, source: Source) -> None:

@@ -46,7 +46,8 @@ class ZerothOrderConfig:
         mask: which part is trained: magnitude, the smallest weights, by a threshold that is fixed
             at the start; random, by counter noise.
         clip: bound on the absolute projected gradient, or None.
-        momentum: decay of the moving average, for update="momentum".
+        momentum: for update="momentum": how much of the sum of past estimates each update keeps;
+            a sum as in torch's SGD, so steps grow to 1 / (1 - momentum) times their size.
         betas: decay rates of Adam's two moments.
         objective: what is lowered: "loss", the trainer's own; "accuracy" or "f1", one minus it;
             or a function (model, inputs) -> number, which need not be differentiable.
@@ -91,7 +92,6 @@ class ZerothOrderConfig:
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
             _require(getattr(self, key) in allowed, key, self, f"one of {', '.join(allowed)}")
-        self.betas = tuple(self.betas)  # type: ignore[assignment]
         _require(_number(self.eps) and 0 < self.eps < math.inf, "eps", self, "a number > 0")
         _require(_count(self.queries, 1), "queries", self, "an integer >= 1")
         _require(
@@ -100,10 +100,13 @@ class ZerothOrderConfig:
         )  # fmt: skip
         for key in ("clip", "divergence"):
             value = getattr(self, key)
-            _require(value is None or (_number(value) and value > 0), key, self, "> 0 or null")
+            fits = value is None or (_number(value) and 0 < value < math.inf)
+            _require(fits, key, self, "a finite number > 0, or null")
         _require(_decay(self.momentum), "momentum", self, "a number in [0, 1)")
-        pair = len(self.betas) == 2 and all(_decay(beta) for beta in self.betas)
-        _require(pair, "betas", self, "a pair of numbers in [0, 1)")
+        betas: Any = self.betas
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        _require(pair and all(map(_decay, betas)), "betas", self, "two numbers in [0, 1)")
+        self.betas = tuple(betas)
         known = callable(self.objective) or self.objective in OBJECTIVES
         _require(known, "objective", self, f"one of {', '.join(OBJECTIVES)}, or a function")
         _require(_count(self.max_skipped, 1), "max_skipped", self, "an integer >= 1")

@@ -59,6 +59,8 @@ def test_no_section_is_a_first_order_run(recipe_file, section) -> None:
         ("zeroth_order.sparsity=1", "zeroth_order.sparsity: got 1, allowed is a share in [0, 1)"),
         ("zeroth_order.update=sgdd", "zeroth_order.update: got 'sgdd', allowed is one of sgd, "),
         ("zeroth_order.betas=[0.9]", "zeroth_order.betas: got "),
+        ("zeroth_order.clip=.inf", "zeroth_order.clip: got inf, allowed is a finite number > 0,"),
+        ("zeroth_order.divergence=.inf", "zeroth_order.divergence: got inf, allowed is a finite"),
         ("zeroth_order.objective=acuracy", "zeroth_order.objective: got 'acuracy': unknown"),
         ("zeroth_order.objective=[f1]", "zeroth_order.objective: got ['f1']: unknown"),
         ("zeroth_order=yes please", "zeroth_order: expected a section of `key: value` lines"),
@@ -96,6 +98,19 @@ def test_settings_that_need_gradients_are_refused(recipe_file, method, says) -> 
 def test_a_first_order_optimizer_is_refused(recipe_file) -> None:
     message = refused(recipe_file, FULL, "zeroth_order={}", "training.optim=adafactor")
     assert "training.optim: names an optimizer, and zeroth_order has its own rule" in message
+
+
+def test_what_the_trainer_refuses_is_one_line_and_leaves_a_former_run(
+    recipe_file, tmp_path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("old")
+    settings = [FULL, "zeroth_order={}", "training.torch_compile=true", "overwrite=true"]
+    result = CliRunner().invoke(app, ["train", str(recipe_file), *settings])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sft: training: torch_compile: a compiled model does not see weights th")
+    assert (tmp_path / "run" / "run.json").read_text() == "old"
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def adapter(lab, name):
             density=0.05, growth="none", selection="magnitude", task_type="CAUSAL_LM"
         ),
         "s2ft": S2FTConfig(density=0.1, task_type="CAUSAL_LM"),
-        "sora": SoRAConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        "sora": SoRAConfig(target_modules="all-linear", task_type="CAUSAL_LM", strength=0),
     }  # fmt: skip
     return get_peft_model(base, configs[name])
 
@@ -280,7 +280,7 @@ def test_conservative_never_ends_above_where_it_started(train) -> None:
 
 REFUSED = [
     ({"sparsity": 0.5}, "lora", r"sparsity: got 0\.5 for an adapter"),
-    ({}, "moving", r"growth: adapter 'default' moves its support"),
+    ({}, "moving", r"growth: got 'gradient' in adapter 'default', which needs"),
     ({"update": "conservative", "gradient_accumulation_steps": 2}, None, "conservative"),
     ({"update": "adam"}, None, "dense_state"),
     ({"torch_compile": True}, None, "torch_compile"),
