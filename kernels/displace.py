@@ -93,7 +93,7 @@ def displace(
     other tensors, on every device (kind "gaussian": on every device of one kind).
 
     Args:
-        weights: tensors of any float dtype and layout, all on one device.
+        weights: tensors of any layout and float dtype of 16 bits or more, all on one device.
         parameters: the number of each, 32 bits.
         draws: (key, c) of each direction; w + eps z is c = -eps. c is rounded to float32, to 16
             significant bits for "gaussian_table"; draws of c = 0 are left out.
@@ -172,7 +172,8 @@ def _check(
         _require(len(given) == len(weights), name, len(given), f"one for each of {len(weights)}")
     _require(len(out) == len(weights), "out", len(out), f"one for each of {len(weights)}")
     for w, o in zip(weights, out, strict=True):
-        _require(w.is_floating_point(), "weights", w.dtype, "a float dtype")
+        wide = w.is_floating_point() and w.element_size() > 1
+        _require(wide, "weights", w.dtype, "a float dtype of 16 bits or more")
         fits = (o.shape, o.dtype, o.device) == (w.shape, w.dtype, w.device)
         _require(fits, "out", (tuple(o.shape), o.dtype, str(o.device)), "shaped like its weight")
         _require(w.device == weights[0].device, "weights", str(w.device), "one device a call")

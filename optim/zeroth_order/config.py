@@ -98,6 +98,8 @@ class ZerothOrderConfig:
             _number(self.sparsity) and 0 <= self.sparsity < 1, "sparsity", self,
             "a share in [0, 1); use 0.75 to train the smallest quarter of each tensor",
         )  # fmt: skip
+        drawn = self.mask != "random" or round((1 - self.sparsity) * 2**16) > 0
+        _require(drawn, "sparsity", self, "up to 1 - 2**-16 with mask='random'")
         for key in ("clip", "divergence"):
             value = getattr(self, key)
             fits = value is None or (_number(value) and 0 < value < math.inf)

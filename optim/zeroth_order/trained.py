@@ -46,13 +46,13 @@ def trained_set(
         zero would never move again.
 
     Raises:
-        ValueError: nothing is left to train.
+        ValueError: nothing is left to train, or a parameter cannot be trained.
     """
     named = list(parameters)
     ids = parameter_ids(name for name, _ in named)
     found, left_out = [], []
     for name, parameter in named:
-        mask = _mask(parameter, config, seed)
+        mask = _mask(name, parameter, config, seed)
         if isinstance(mask, Magnitude) and mask.threshold == 0:
             left_out.append(name)
         else:
@@ -94,10 +94,18 @@ def _is_tied(trained: Trained, share: float) -> bool:
     return spare > TIES * len(weight)
 
 
-def _mask(parameter: nn.Parameter, config: ZerothOrderConfig, seed: int) -> Mask | None:
+def _mask(name: str, parameter: nn.Parameter, config: ZerothOrderConfig, seed: int) -> Mask | None:
+    if parameter.element_size() == 1:
+        raise ValueError(
+            f"model: {name} is {str(parameter.dtype).removeprefix('torch.')}, allowed are floats "
+            "of 16 bits or more; let it require no gradient, or train an adapter"
+        )
     if config.sparsity == 0:
         return None
     share = 1 - config.sparsity
     if config.mask == "random":
         return Random(mask_key(seed), share)
-    return Magnitude(magnitude_threshold(parameter.detach(), share))
+    threshold = magnitude_threshold(parameter.detach(), share)
+    if not math.isfinite(threshold):
+        raise ValueError(f"model: {name} holds weights that are not finite; mend them first")
+    return Magnitude(threshold)

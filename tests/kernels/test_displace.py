@@ -228,6 +228,7 @@ def test_the_global_random_state_is_left_alone() -> None:
         ({"out": [torch.ones(3)]}, "out: got 1, allowed is one for each of 2"),
         ({"out": [torch.ones(3), torch.ones(4)]}, "out: got .* allowed is shaped like its weight"),
         ({"weights": [torch.ones(3, dtype=torch.int8)] * 2}, "weights: got torch.int8, allowed"),
+        ({"weights": [torch.ones(3).to(torch.float8_e5m2)] * 2}, "weights: got torch.float8_e5m2"),
         ({"kind": "uniform"}, "noise: got 'uniform', allowed is one of"),
         ({"drawn": Drawn("gaussian", {})}, "drawn: got words for 'gaussian', allowed is noise"),
     ],

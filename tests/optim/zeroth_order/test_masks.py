@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -90,3 +91,25 @@ def test_m6_between_steps_one_number_a_tensor_is_held(zo: Any) -> None:
     saved = optimizer.state_dict()["zeroth_order"]
     assert sum(t.numel() * t.element_size() for t in saved["log"].values()) == 4 + 8 + 4 + 4
     assert all(isinstance(t.mask, Magnitude) for t in optimizer.trained)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_without_an_order_are_refused_by_name(value: float) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, value, value]))
+    with pytest.raises(ValueError, match=r"model: a.weight holds weights that are not finite"):
+        trained_set([("a.weight", weight)], ZerothOrderConfig(sparsity=0.5), 0)
+    assert trained_set([("a.weight", weight)], ZerothOrderConfig(), 0)
+
+
+def test_weights_of_8_bits_are_refused_by_name() -> None:
+    weight = nn.Parameter(torch.ones(3).to(torch.float8_e5m2))
+    with pytest.raises(
+        ValueError, match=r"model: a.weight is float8_e5m2, allowed are floats of 16"
+    ):
+        trained_set([("a.weight", weight)], ZerothOrderConfig(), 0)
+
+
+def test_a_random_share_that_16_bits_do_not_hold_is_refused_by_its_key() -> None:
+    ZerothOrderConfig(sparsity=1 - 1e-5, mask="random")
+    with pytest.raises(ValueError, match=r"sparsity: got 0.999999, allowed is up to 1 - 2"):
+        ZerothOrderConfig(sparsity=0.999999, mask="random")
