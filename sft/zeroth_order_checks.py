@@ -36,7 +36,7 @@ def check_run(trainer: Any, config: ZerothOrderConfig) -> None:
         )
     if args.torch_compile and config.mode == "exact":
         raise ValueError(
-            "torch_compile: a compiled model does not see weights that stand in for others; set "
+            "torch_compile: got True, whose graphs the hooks of exact mode would cut or miss; set "
             "mode='inplace' or torch_compile=False"
         )
     _check_policy_loss(args)
@@ -59,7 +59,7 @@ def check_trained(
     compiled = any(_is_compiled(module) for module in model.modules())
     if compiled and config.mode == "exact":
         raise ValueError(
-            "model: is compiled, and would not see weights that stand in for others; set "
+            "model: is compiled, in graphs that the hooks of exact mode would cut or miss; set "
             "mode='inplace' or leave torch.compile out"
         )
     if config.sparsity > 0 and getattr(model, "peft_config", None):

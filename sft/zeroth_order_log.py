@@ -50,15 +50,19 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         folder, stock = _folder(args), _unwrap(optimizer)
         folder.mkdir(parents=True, exist_ok=True)
         adapted = hasattr(model, "peft_config")
-        if state.global_step == 0:
-            name, revision = self.base or (str(getattr(model.config, "_name_or_path", "")), None)
+        first = stock.trained[0].parameter
+        if state.global_step == 0 and stock.updates > 0:
+            _check_continued(stock, args)
+        elif state.global_step == 0:
+            own = getattr(getattr(model, "config", None), "_name_or_path", "")
+            name, revision = self.base or (str(own), None)
             stock.log.header |= {
                 "start_sha": weights_sha((t.name, t.parameter) for t in stock.trained),
                 "frozen_sha": frozen_sha(model, {t.name for t in stock.trained}),
-                "device": stock.trained[0].parameter.device.type,
+                "device": first.device.type,
                 "model": name,
                 "revision": revision,
-                "model_dtype": str(model.dtype).removeprefix("torch."),
+                "model_dtype": str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
                 "adapter": adapted,
             }
             if adapted:
@@ -96,6 +100,17 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         if not args.load_best_model_at_end:
             stock.log.header["end_sha"] = weights_sha((t.name, t.parameter) for t in stock.trained)
         stock.log.save(_folder(args) / LOG)
+
+
+def _check_continued(optimizer: ZerothOrderOptimizer, args: TrainingArguments) -> None:
+    """Warn when a second training starts elsewhere than where the log of the first one leads."""
+    end = optimizer.log.header.get("end_sha")
+    found = weights_sha((t.name, t.parameter) for t in optimizer.trained)
+    if args.load_best_model_at_end or end not in (None, found):
+        logger.warning(
+            "train: the log goes on, but the weights were changed since, so it will not lead to "
+            "those of the end; set trainer.optimizer = None to begin a log of its own"
+        )
 
 
 def weights_sha(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,8 +10,12 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from sft import SoRAConfig, ZerothOrderConfig
+from sft.folder import ZEROTH_ORDER
 from sft.objectives import predictions
+from sft.optim.zeroth_order.log import ZerothOrderLog
+from sft.replay import replay_onto
 from sft.zeroth_order import _FullPrecisionLosses
+from sft.zeroth_order_log import LOG
 
 
 @pytest.fixture
@@ -56,15 +58,22 @@ def test_the_model_that_a_model_init_makes_is_the_one_that_is_trained(build, lab
     assert all(p.requires_grad for p in trainer.model.parameters())
 
 
-def test_training_again_goes_on_with_new_directions(build) -> None:
+def test_training_again_goes_on_with_new_directions(build, lab, caplog) -> None:
     trainer = build()
     trainer.train()
     before = weights(trainer.model)
     trainer.train()
-    optimizer = trainer.optimizer.optimizer
-    assert optimizer.updates == 8
+    assert trainer.optimizer.optimizer.updates == 8
     assert not same(before, weights(trainer.model))
     assert all(p.requires_grad for p in trainer.model.parameters())
+    # one log of both, from the start of the first
+    again = lab.base()
+    replay_onto(again, ZerothOrderLog.load(lab.folder / "run" / ZEROTH_ORDER / LOG))
+    assert same(weights(again), weights(trainer.model))
+    assert "the weights were changed" not in caplog.text
+    trainer.model.lm_head.weight.data.zero_()
+    trainer.train()
+    assert "the weights were changed" in caplog.text
 
 
 def test_training_another_part_with_the_same_optimizer_is_refused(build) -> None:
@@ -183,7 +192,6 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("dropout", [False, True])
 def test_dropout_of_the_model_itself_is_off_as_well(build, dropout) -> None:
     model = Dropped()
-    model.config, model.dtype = SimpleNamespace(_name_or_path=""), torch.float32
     build(model, zo={"dropout": dropout}, max_steps=1).train()
     assert model.seen == [dropout] * 3
     assert model.training
