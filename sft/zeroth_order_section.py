@@ -39,8 +39,8 @@ def resolve_zeroth_order(recipe: Recipe, source: Source) -> dict[str, Any] | Non
         config = ZerothOrderConfig(**fields)
     except ValueError as error:
         raise key_error(source, "zeroth_order", known, error) from error
-    _check_method(recipe, source)
-    _check_training(recipe, source)
+    _check_method(recipe, config, source)
+    _check_training(recipe, config, source)
     return config.plain()
 
 
@@ -49,19 +49,31 @@ def build_zeroth_order(section: dict[str, Any] | None) -> ZerothOrderConfig | No
     return None if section is None else ZerothOrderConfig(**section)
 
 
-def _check_method(recipe: Recipe, source: Source) -> None:
-    """Refuse settings of the method that only a backward pass can serve."""
-    config = build_method(recipe.method).config
-    for key, allowed in backward_only(config).items():
-        value = getattr(config, key)
+def _check_method(recipe: Recipe, config: ZerothOrderConfig, source: Source) -> None:
+    """Refuse settings of the method that only a backward pass can serve, and masks of adapters."""
+    method = build_method(recipe.method)
+    for key, allowed in backward_only(method.config).items():
+        value = getattr(method.config, key)
         raise source.error(
             f"method.{key}",
             f"got {value!r}, which zeroth_order cannot serve; set {allowed}",
         )
+    if config.sparsity > 0 and method.saved:
+        raise source.error(
+            "zeroth_order.sparsity",
+            f"got {config.sparsity} for {method.name}, an adapter, whose weights start at zero and "
+            "would be frozen as soon as they move; set 0",
+        )
 
 
-def _check_training(recipe: Recipe, source: Source) -> None:
-    """Refuse the choice of an optimizer that would not run."""
+def _check_training(recipe: Recipe, config: ZerothOrderConfig, source: Source) -> None:
+    """Refuse the choice of an optimizer that would not run, and a decay that its rule forbids."""
+    if config.update == "conservative" and recipe.training.get("weight_decay"):
+        raise source.error(
+            "training.weight_decay",
+            f"got {recipe.training['weight_decay']!r}, which would move away from the point that "
+            "zeroth_order.update=conservative compared; set 0",
+        )
     for key in _OPTIMIZER_KEYS:
         if recipe.training.get(key) is not None:
             raise source.error(

@@ -95,6 +95,16 @@ def test_settings_that_need_gradients_are_refused(recipe_file, method, says) -> 
     load_recipe(recipe_file, [f"method={method}"])
 
 
+def test_what_no_run_could_do_is_refused_before_any_is_started(recipe_file) -> None:
+    lora = "method={name: lora, target_modules: [q_proj]}"
+    assert (
+        "zeroth_order.sparsity: got 0.5 for lora, an adapter, whose weights start at zero"
+        in refused(recipe_file, lora, "zeroth_order={sparsity: 0.5}")
+    )
+    decayed = [FULL, "zeroth_order={update: conservative}", "training.weight_decay=0.1"]
+    assert "training.weight_decay: got 0.1, which would move away" in refused(recipe_file, *decayed)
+
+
 def test_a_first_order_optimizer_is_refused(recipe_file) -> None:
     message = refused(recipe_file, FULL, "zeroth_order={}", "training.optim=adafactor")
     assert "training.optim: names an optimizer, and zeroth_order has its own rule" in message
