@@ -43,7 +43,7 @@ PACKAGE, INNER = "vadersentiment==3.3.2", "additional_resources/hutto_ICWSM_2014
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 PROMPT, ANSWERS = "{} It was", (" terrible", " great")  # that of MeZO's authors for SST-2
 TOKENS = (4, 12)  # of a snippet: short ones, so that a run takes minutes on one core
-CHOOSING, HELD_OUT = 250, 500  # examples that choose the learning rate, and that judge
+CHOOSING, HELD_OUT = 250, 300  # examples that choose the learning rate, and that judge
 METHODS = {"mezo": 0.0, "sparse_mezo": 0.75}  # name -> sparsity
 SWEEP = {"mezo": (1e-5, 3e-5, 1e-4), "sparse_mezo": (3e-5, 1e-4, 3e-4)}
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)
