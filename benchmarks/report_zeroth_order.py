@@ -24,8 +24,9 @@ def step_section(result: dict[str, Any]) -> str:
     rows = [
         "## One zeroth-order step\n",
         f"`python benchmarks/zeroth_order_step.py`: {result['arguments']['model']}, fp32, "
-        f"two-sided, one direction, {machine['threads']} threads of {machine['processor']}. Ratios of wall "
-        "time, and of process CPU time in brackets, to two forward passes over the same batch. "
+        f"two-sided, one direction, {machine['threads']} threads of {machine['processor']}. "
+        "Ratios of wall time, and of process CPU time in brackets, to two forward passes over the "
+        "same batch. "
         "Extra is the peak of what lives during a step, over that of an inference and with what "
         "the method keeps beside the model; the largest trained module takes "
         f"{result['largest_module_bytes'] / 2**20:.0f} MiB.\n",
