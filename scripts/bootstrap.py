@@ -47,7 +47,7 @@ def main() -> None:
     if STAMP.is_file() and STAMP.read_text() == wanted and runs():
         return
     started = time.monotonic()
-    print(f"== environment in {VENV} (about 2 GB; a few minutes the first time)", flush=True)
+    print(f"== environment in {VENV} (about 3 GB; a few minutes the first time)", flush=True)
     make_venv()
     UNFINISHED.touch()
     STAMP.unlink(missing_ok=True)
