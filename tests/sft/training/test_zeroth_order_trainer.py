@@ -243,7 +243,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "settings", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(
+    ("make", "settings", "message"), REFUSED, ids=lambda v: getattr(v, "__name__", str(v))
+)
 def test_what_would_be_ignored_is_refused_in_one_line(build, lab, make, settings, message) -> None:
     model = None if make is None else make(lab)
     with pytest.raises(ValueError, match=rf"^{message}.*$"):
