@@ -181,12 +181,13 @@ def zeroth_order_learning_section(result: dict[str, Any]) -> str:
     first, seeds = runs[0], len({run["seed"] for run in runs})
     rows = [
         "## What a mask gains: MeZO against Sparse MeZO\n",
-        "`python benchmarks/zeroth_order_learning.py`: movie review snippets, held-out ones judged "
-        f'by the prompt "... It was great/terrible"; {first["updates"]} updates of '
+        "`python benchmarks/zeroth_order_learning.py`: movie review snippets, "
+        f'{first["measured_on"]} held-out ones judged by the prompt "... It was great/terrible"; '
+        f"{first['trained_on']} to train on, {first['updates']} updates of "
         f"{first['batch_size']} examples and one direction, mean of {seeds} seeds with the same "
-        f"data order for both, a core each. Figures are means "
-        "of three evaluations in a row; the updates are those after which the mean curve is as "
-        "good as MeZO's at its end.\n",
+        "data order for both. Figures are means of three evaluations in a row, in brackets those "
+        "of each seed; the updates are those after which the mean curve is as good as MeZO's at "
+        "its end.\n",
         "| | learning rate | accuracy: start | end | updates | nll: start | end | updates |",
         "|---" * 8 + "|",
     ]
@@ -196,7 +197,8 @@ def zeroth_order_learning_section(result: dict[str, Any]) -> str:
         for key in ("accuracy", "nll"):
             found = compared[key]
             updates = found["updates"][method]
-            cells += [f"{own[0]['curve'][0][key]:.3f}", f"{found['end'][method]:.3f}"]
+            each = ", ".join(f"{value:.3f}" for value in found["end_by_seed"][method])
+            cells += [f"{own[0]['curve'][0][key]:.3f}", f"{found['end'][method]:.3f} ({each})"]
             cells += ["not reached" if updates is None else str(updates)]
         rows.append("| " + " | ".join(cells) + " |")
     ratios = [
@@ -204,8 +206,11 @@ def zeroth_order_learning_section(result: dict[str, Any]) -> str:
         for key in ("accuracy", "nll")
     ]
     swept = [f"{run['method']} {run['learning_rate']:g}: {_swept(run)}" for run in ends]
+    by_seed = compared["nll"]["end_by_seed"]
+    ahead = sum(a < b for a, b in zip(by_seed["sparse_mezo"], by_seed["mezo"], strict=True))
     rows.append(
-        f"\nMeZO's updates over Sparse MeZO's: {', '.join(ratios)}. The learning rates are the "
+        f"\nMeZO's updates over Sparse MeZO's: {', '.join(ratios)}; Sparse MeZO ends with the "
+        f"lower nll with {ahead} of {seeds} seeds. The learning rates are the "
         f"best of a sweep of {ends[0]['updates']} updates, by the nll of other examples at its end "
         f"({'; '.join(swept)}).\n"
     )

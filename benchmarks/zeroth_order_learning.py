@@ -200,7 +200,10 @@ def run(job: Job) -> dict[str, Any]:
     last = failure or watch.curve[-1]
     print(f"{job.method} lr {job.learning_rate:g} seed {job.seed}: {last}", flush=True)
     seconds = time.process_time() - started
-    return described(job) | {"curve": watch.curve, "failure": failure, "cpu_seconds": seconds}
+    return described(job) | {
+        "trained_on": len(parts["train"]), "measured_on": len(parts[job.measured]),
+        "curve": watch.curve, "failure": failure, "cpu_seconds": seconds,
+    }  # fmt: skip
 
 
 def smoothed(curve: list[dict[str, float]], key: str) -> list[tuple[int, float]]:
@@ -223,8 +226,12 @@ def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for key in ("accuracy", "nll"):
         target = smoothed(curves["mezo"], key)[-1][1]
         updates = {m: reached(curve, key, target) for m, curve in curves.items()}
+        seeds: dict[str, list[float]] = {m: [] for m in METHODS}
+        for each in runs:
+            seeds[each["method"]].append(smoothed(each["curve"], key)[-1][1])
         found[key] = {
             "target": target,
+            "end_by_seed": seeds,
             "end": {m: smoothed(curve, key)[-1][1] for m, curve in curves.items()},
             "updates": updates,
             "ratio": updates["mezo"] / updates["sparse_mezo"] if updates["sparse_mezo"] else None,
