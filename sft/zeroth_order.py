@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.layer import SparseLayer, sparse_layers
@@ -29,13 +26,9 @@ from sft.optim.zeroth_order.modes import Mode, nothing
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.optim.zeroth_order.reference import ReferenceMode
 from sft.optim.zeroth_order.trained import trained_set
-from sft.randomness import own_randomness
+from sft.undisturbed import undisturbed
 from sft.zeroth_order_checks import check_run, check_trained
 from sft.zeroth_order_processes import make_alike, processes, unwrapped
-
-# what TRL's trainers count while they compute a loss; a second evaluation must not count again
-COUNTERS = ("_metrics", "_total_train_tokens")
-HALF = (torch.float16, torch.bfloat16)
 
 
 class ZerothOrder:
@@ -98,7 +91,7 @@ class ZerothOrder:
         parameters = self._parameters or _trainable(self.trainer.model)
         wanted = {id(parameter) for _, parameter in parameters}
         if given is not None:
-            _check_same(_stepping(given), self._made_for, wanted)
+            _check_same(stepping(given), self._made_for, wanted)
             return given
         self._made_for = wanted
         trained = trained_set(parameters, self.config, self.seed)
@@ -124,14 +117,15 @@ class ZerothOrder:
         Returns:
             its loss times `scale`: the mean of what was evaluated.
         """
-        optimizer = _stepping(self.trainer.optimizer)
+        optimizer = stepping(self.trainer.optimizer)
         self._micro_batches += 1
         place = (self._micro_batches, self.trainer.args.process_index)
         seed = step_key(step_key(self.seed, *place), optimizer.updates, 0)
         first = chain((True,), repeat(False))
 
         def once(count: bool | None = None) -> float:
-            with self._undisturbed(seed, count=next(first) if count is None else count):
+            counted = next(first) if count is None else count
+            with undisturbed(self.trainer, seed, dropout=self.config.dropout, count=counted):
                 value = float(torch.as_tensor(evaluate()).detach().double())
             return value * scale
 
@@ -149,7 +143,7 @@ class ZerothOrder:
             return {}
         gradients = self._engine.last_gradients
         mean = math.fsum(map(abs, gradients)) / len(gradients) if gradients else math.nan
-        skipped = _stepping(self.trainer.optimizer).skipped
+        skipped = stepping(self.trainer.optimizer).skipped
         return {"projected_gradient": mean, "skipped_updates": skipped}
 
     def objective(self, model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any] | None:
@@ -174,19 +168,6 @@ class ZerothOrder:
         else:
             mode = ReferenceMode(trained, config.eps, after)
         return Engine(config, optimizer, mode, processes(self.trainer.accelerator))
-
-    @contextmanager
-    def _undisturbed(self, seed: int, *, count: bool) -> Iterator[None]:
-        """Evaluate without gradients, as every other evaluation of this micro-batch."""
-        model = self.trainer.model
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(own_randomness(seed))
-            stack.enter_context(nullcontext() if self.config.dropout else _evaluating(model))
-            stack.enter_context(nullcontext() if count else _uncounted(self.trainer))
-            if any(p.dtype in HALF for p in model.parameters()):
-                stack.enter_context(_FullPrecisionLosses())
-            yield
 
     def _freeze(self, model: nn.Module) -> None:
         """Note what is trained, and let it be alike on all processes and need no gradient."""
@@ -231,8 +212,12 @@ def _groups(trainer: Any, parameters: Sequence[tuple[str, nn.Parameter]]) -> lis
     return [default | group for group in [*plain, *special] if group["params"]]
 
 
-def _stepping(optimizer: Any) -> ZerothOrderOptimizer:
-    """Return our optimizer below accelerate's wrapper."""
+def stepping(optimizer: Any) -> ZerothOrderOptimizer:
+    """Return our optimizer below accelerate's wrapper.
+
+    Raises:
+        ValueError: it is another one, which needs gradients.
+    """
     found = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(found, ZerothOrderOptimizer):
         raise ValueError(
@@ -256,63 +241,3 @@ def _moved(layers: Sequence[SparseLayer]) -> None:
     """Let sparse layers write their values before they next run."""
     for layer in layers:
         layer.sync(now=False)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; the model itself still says that it trains, except while it runs."""
-    switched = [m for m in model.modules() if m is not model and m.training]
-    for module in switched:
-        module.training = False
-
-    def enter(*_: Any) -> None:
-        model.training = False
-
-    def leave(*_: Any) -> None:
-        model.training = trains
-
-    trains = model.training
-    handles = (
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.training = trains
-        for module in switched:
-            module.training = True
-
-
-@contextmanager
-def _uncounted(trainer: Any) -> Iterator[None]:
-    """Leave a trainer's own counters as they were."""
-    kept = {key: copy.deepcopy(vars(trainer)[key]) for key in COUNTERS if key in vars(trainer)}
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
-
-
-class _FullPrecisionLosses(TorchFunctionMode):
-    """Takes a loss of half-precision logits in fp32: in bf16 it has steps of 0.004."""
-
-    LOSSES = frozenset(
-        {getattr(functional, name) for name in dir(functional) if name.endswith("_loss")}
-        | {functional.cross_entropy, functional.kl_div, functional.log_softmax}
-        | {functional.binary_cross_entropy, functional.binary_cross_entropy_with_logits}
-    )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in self.LOSSES:
-            args = tuple(_widened(value) for value in args)
-            kwargs = {key: _widened(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value

@@ -17,6 +17,7 @@ from sft.adapters.layer import sparse_layers
 from sft.folder import ZEROTH_ORDER
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer
 from sft.whole import written_whole
+from sft.zeroth_order import stepping
 
 LOG, START = "log.safetensors", "start"
 SAMPLE = 256  # entries of a frozen weight
@@ -47,7 +48,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         """Note what the run starts from."""
         if not state.is_world_process_zero:
             return
-        folder, stock = _folder(args), _unwrap(optimizer)
+        folder, stock = _folder(args), stepping(optimizer)
         folder.mkdir(parents=True, exist_ok=True)
         adapted = hasattr(model, "peft_config")
         first = stock.trained[0].parameter
@@ -82,7 +83,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the log of the updates so far."""
         if state.is_world_process_zero and optimizer is not None:
-            _unwrap(optimizer).log.save(_folder(args) / LOG)
+            stepping(optimizer).log.save(_folder(args) / LOG)
 
     def on_train_end(
         self,
@@ -95,7 +96,7 @@ class ZerothOrderLogCallback(TrainerCallback):  # type: ignore[misc]
         """Write the whole log, with the hash of where it leads."""
         if not state.is_world_process_zero:
             return
-        stock = _unwrap(optimizer)
+        stock = stepping(optimizer)
         # the best checkpoint, loaded at the end, is not what the last update led to
         if not args.load_best_model_at_end:
             stock.log.header["end_sha"] = weights_sha((t.name, t.parameter) for t in stock.trained)
@@ -165,9 +166,3 @@ def _bring_start(folder: Path, checkpoint: Path | None) -> None:
 
 def _folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir) / ZEROTH_ORDER
-
-
-def _unwrap(optimizer: Any) -> ZerothOrderOptimizer:
-    while not isinstance(optimizer, ZerothOrderOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -14,9 +14,11 @@ def guard(**changes: object) -> DivergenceGuard:
     return DivergenceGuard(ZerothOrderConfig(**changes))  # type: ignore[arg-type]
 
 
-def feed(guarded: DivergenceGuard, *losses: float) -> None:
+def feed(guarded: DivergenceGuard, *losses: float) -> int:
+    """Feed one loss an update; return how many were taken."""
     for loss in losses:
         guarded.feed(loss, [loss + 0.1, loss - 0.1], lr=3e-6)
+    return len(losses)
 
 
 def test_a_loss_that_rises_stops_the_run_and_names_a_third_of_the_rate() -> None:
@@ -27,12 +29,18 @@ def test_a_loss_that_rises_stops_the_run_and_names_a_third_of_the_rate() -> None
 
 
 def test_neither_a_falling_loss_nor_single_peaks_stop_it() -> None:
+    losses = [*[5.0] * WINDOW, *([1.0, 9.0] * WINDOW), *[1.0] * WINDOW, *[6.9] * WINDOW]
     guarded = guard(divergence=2.0)
-    feed(guarded, *[5.0] * WINDOW, *([1.0, 9.0] * WINDOW), *[1.0] * WINDOW, *[6.9] * WINDOW)
+    assert feed(guarded, *losses) == len(losses)
+    with pytest.raises(ValueError, match=r"^learning_rate"):  # it was on its guard all the while
+        feed(guarded, *[7.1] * WINDOW)
 
 
 def test_no_bound_never_stops() -> None:
-    feed(guard(divergence=None), *[1.0] * WINDOW, *[1e9] * WINDOW)
+    losses = [*[1.0] * WINDOW, *[1e9] * WINDOW]
+    assert feed(guard(divergence=None), *losses) == len(losses)
+    with pytest.raises(ValueError, match=r"^learning_rate"):
+        feed(guard(divergence=2.0), *losses)
 
 
 def test_z15_losses_that_are_not_finite_stop_after_a_streak() -> None:
@@ -44,8 +52,9 @@ def test_z15_losses_that_are_not_finite_stop_after_a_streak() -> None:
 
 def test_skipped_losses_do_not_count_as_losses() -> None:
     guarded = guard(max_skipped=2)
-    for _ in range(2 * WINDOW):
-        feed(guarded, math.inf, 1.0)
+    assert feed(guarded, *[math.inf, 1.0] * (2 * WINDOW)) == 4 * WINDOW
+    with pytest.raises(ValueError, match="2 updates in a row"):
+        feed(guarded, math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +72,13 @@ def test_a_loss_that_never_differs_stops_the_run(
 
 
 def test_one_difference_is_proof_enough() -> None:
-    guarded = guard()
-    guarded.feed(0.5, [0.5, 0.6], lr=1e-6)
-    for _ in range(2 * BLIND):
-        guarded.feed(0.5, [0.5, 0.5], lr=1e-6)
+    seen, blind = guard(), guard()
+    seen.feed(0.5, [0.5, 0.6], lr=1e-6)
+    with pytest.raises(ValueError, match=r"^eps: got 0.001"):
+        for _ in range(2 * BLIND):
+            seen.feed(0.5, [0.5, 0.5], lr=1e-6)  # never raises, so the other one gets its turn
+            blind.feed(0.5, [0.5, 0.5], lr=1e-6)
+    assert blind._blind == BLIND and seen._blind is None
 
 
 def test_messages_are_one_line() -> None:

@@ -14,7 +14,7 @@ from sft.folder import ZEROTH_ORDER
 from sft.objectives import predictions
 from sft.optim.zeroth_order.log import ZerothOrderLog
 from sft.replay import replay_onto
-from sft.zeroth_order import _FullPrecisionLosses
+from sft.undisturbed import FullPrecisionLosses
 from sft.zeroth_order_log import LOG
 
 
@@ -203,7 +203,7 @@ def test_any_loss_of_half_precision_is_taken_in_fp32(name) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 9).to(torch.bfloat16), torch.randn(2, 9).to(torch.bfloat16)
     loss = getattr(functional, name)
-    with _FullPrecisionLosses():
+    with FullPrecisionLosses():
         assert torch.equal(loss(a, target=b), loss(a.float(), b.float()))
 
 
