@@ -172,7 +172,7 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         objective = self.zeroth_order.objective(model, inputs)
 
         def evaluate() -> Any:
-            # a copy, as TRL's trainers take keys out of their inputs
+            # a copy, as the Trainer takes labels out of it where it smooths them
             return self._loss_with_terms(model, dict(inputs), False, num_items_in_batch)
 
         micro_batches = self.current_gradient_accumulation_steps
