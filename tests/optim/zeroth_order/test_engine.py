@@ -107,3 +107,23 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_update_on_all() -> N
     # restored from where the losses were taken, up to rounding
     torch.testing.assert_close(first, torch.ones(DIM, dtype=torch.float64), rtol=0, atol=1e-12)
     assert torch.equal(first, second)
+
+
+def test_an_update_that_was_broken_off_leaves_nothing_behind() -> None:
+    weight = nn.Parameter(torch.ones(DIM, dtype=torch.float64), requires_grad=False)
+    trained = [Trained("w", weight, 7)]
+    settings = config()
+    optimizer = ZerothOrderOptimizer([{"params": [weight], "lr": 1e-3}], trained, settings, SEED)
+    mode = InplaceMode(trained, settings.noise)
+    engine = Engine(settings, optimizer, mode)
+    engine.evaluate(lambda: float(slopes(1) @ weight), last=False)  # a micro-batch that counts
+    sides = iter([1.0])
+    with pytest.raises(StopIteration):
+        engine.evaluate(lambda: next(sides), last=True)
+    assert mode.standing == ()
+    torch.testing.assert_close(weight.data, torch.ones_like(weight))
+    engine.evaluate(lambda: float(slopes(0) @ weight), last=True)
+    optimizer.step()
+    (_, [expected, *_]) = train(settings, ALONE, lambda: slopes(0))
+    (found,) = optimizer.log.rows
+    assert found.gradients == pytest.approx(expected)
