@@ -127,3 +127,18 @@ def test_an_update_that_was_broken_off_leaves_nothing_behind() -> None:
     (_, [expected, *_]) = train(settings, ALONE, lambda: slopes(0))
     (found,) = optimizer.log.rows
     assert found.gradients == pytest.approx(expected)
+
+
+def test_closing_takes_back_the_perturbation_of_an_update_that_was_never_made() -> None:
+    """Bit for bit, as neither w nor eps of this test is rounded."""
+    weight = nn.Parameter(torch.arange(-3.0, 4.0), requires_grad=False)
+    original = weight.detach().clone()
+    trained = [Trained("w", weight, 7)]
+    settings = ZerothOrderConfig(eps=2**-7, mode="inplace")
+    optimizer = ZerothOrderOptimizer([{"params": [weight], "lr": 1e-3}], trained, settings, SEED)
+    engine = Engine(settings, optimizer, InplaceMode(trained, settings.noise))
+    engine.evaluate(lambda: float(weight.sum()), last=True)
+    assert not torch.equal(weight, original)  # the optimizer would have restored them in its step
+    engine.close()
+    assert torch.equal(weight.data, original)
+    assert optimizer.moved == ()
