@@ -1,8 +1,30 @@
-"""Assign a matrix at flat positions."""
+"""Assign matrices at flat positions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
+
+from sft.kernels.compose import compose
+from sft.kernels.library import define
+
+
+class Home(NamedTuple):
+    """Where trained values live: weight.flat[indices[j]] holds originals[j] + values[j], rounded.
+
+    Args:
+        weight: contiguous, any shape.
+        indices: (k,) int32 or int64, ascending and unique.
+        originals: (k,) in the dtype of the weight.
+        reference: round the values before adding, see `compose`.
+    """
+
+    weight: Tensor
+    indices: Tensor
+    originals: Tensor
+    reference: bool = False
 
 
 def write_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -19,10 +41,48 @@ def write_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     Raises:
         ValueError: `values` has another dtype than `weight`.
     """
-    if values.dtype != weight.dtype:
-        raise ValueError(f"values: got {values.dtype}, the weight is {weight.dtype}; cast first")
+    _check(weight, values)
     # .data: autograd's own counter would also refuse a graph whose values are back in place
     weight.data.view(-1).index_copy_(0, indices.long(), values.detach())
+
+
+def write_many_(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """Do what `write_` does with each triple; on a GPU in one launch.
+
+    Args:
+        weights: as for `write_`.
+        indices: one for each weight.
+        values: one for each weight, in its dtype.
+
+    Raises:
+        ValueError: a value has another dtype than its weight.
+    """
+    for weight, new in zip(weights, values, strict=True):
+        _check(weight, new)
+    _write_many_([w.data for w in weights], list(indices), [v.detach() for v in values], [], False)
+
+
+def write_homes_(homes: Sequence[Home], values: Sequence[Tensor]) -> None:
+    """Bring values home: write `compose` of originals and values, as `write_` does.
+
+    On a GPU one launch adds, rounds and writes for all of them.
+
+    Args:
+        homes: where the values live.
+        values: (k,) floating, one for each home.
+    """
+    for reference in (False, True):
+        some = [p for p in zip(homes, values, strict=True) if p[0].reference == reference]
+        if some:
+            _write_many_(
+                [home.weight.data for home, _ in some],
+                [home.indices for home, _ in some],
+                [new.detach() for _, new in some],
+                [home.originals for home, _ in some],
+                reference,
+            )
 
 
 def write_reference(weight: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -30,3 +90,31 @@ def write_reference(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     flat = weight.data.view(-1)
     for position, value in zip(indices.tolist(), values, strict=True):
         flat[position] = value
+
+
+def _check(weight: Tensor, values: Tensor) -> None:
+    if values.dtype != weight.dtype:
+        raise ValueError(f"values: got {values.dtype}, the weight is {weight.dtype}; cast first")
+
+
+def _plain(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    reference: bool,
+) -> None:
+    if originals:
+        pairs = zip(originals, values, strict=True)
+        values = [compose(before, new, reference=reference) for before, new in pairs]
+    for weight, at, new in zip(weights, indices, values, strict=True):
+        write_(weight, at, new)
+
+
+_write_many_ = define(
+    "write_many_(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, Tensor[] originals, "
+    "bool reference) -> ()",
+    plain=_plain,
+    triton="positions:write_many_",
+    fake=lambda *_: None,
+)
