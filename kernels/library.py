@@ -23,6 +23,7 @@ TRITON_DEVICES = {"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" el
 
 # every op by its name: opcheck and the tests of tracing run over all of them
 OPS: dict[str, torch._ops.OpOverload] = {}
+LAUNCHERS: dict[str, str] = {}
 
 _library = torch.library.Library("sft", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -50,7 +51,7 @@ def define(
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
     _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sft::{name}", fake, lib=_library)
-    OPS[name] = getattr(torch.ops.sft, name).default
+    OPS[name], LAUNCHERS[name] = getattr(torch.ops.sft, name).default, triton
     return OPS[name]
 
 

@@ -38,14 +38,13 @@ def make_site() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def without_gpu() -> Any:
-    """`without_gpu.py` beside this file, where Triton is installed."""
-    import importlib.util
-    from pathlib import Path
+    """Triton's kernels, interpreted here or compiled for GPUs that are not here."""
+    from types import SimpleNamespace
 
     pytest.importorskip("triton")
-    path = Path(__file__).with_name("without_gpu.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from without_gpu.compiler import TARGETS, compiled_for
+    from without_gpu.interpreter import interpreted
+
+    return SimpleNamespace(
+        TARGETS={name: name for name in TARGETS}, compiled_for=compiled_for, interpreted=interpreted
+    )

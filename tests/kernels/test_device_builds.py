@@ -1,0 +1,81 @@
+"""The laws of compiled code: every GPU kernel, for every target, without a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from device_cases.base import Build, collected
+from without_gpu.audit import audit, count, loads
+from without_gpu.compiler import TARGETS, compiled_for
+
+BUILDS: dict[str, Build] = collected("BUILDS")
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_compiled_code(build: Build, target: str) -> None:
+    with compiled_for(target) as kernels:
+        build.launch()
+    assert len(kernels) == build.launches
+    for kernel in kernels:
+        found = audit(kernel)
+        # a sine that reduces any argument keeps a table on the stack
+        assert (found.spills, found.stack) == (0, 0), found.name
+        assert found.registers <= build.registers.get(target, 255), found.name
+        assert not found.compares_and_swaps, found.name
+        every, wide = loads(found.hot)
+        if build.wide and target in NVIDIA:
+            assert wide, (found.name, found.hot)
+        if build.only_wide and target in NVIDIA:
+            assert wide == every, (found.name, found.hot)
+        if not build.contracts:
+            fused = r"F?FMA2?|DFMA|HFMA2.*|v_(?:pk_)?(?:fma|mad|fmac|mac)_f\w+"
+            assert not count(found.instructions, fused), found.name
+    if build.tensor_cores:
+        assert any(audit(kernel).uses_tensor_cores for kernel in kernels)
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_budget_is_stated_for_every_target(build: Build) -> None:
+    assert set(build.registers) == set(NVIDIA)
+
+
+def test_spills_are_seen() -> None:
+    """The harness itself: few registers and much to hold."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def hold(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.arange(0, BLOCK)
+        one = tl.load(x + at)
+        tl.store(x + at, one / tl.sum(one))
+
+    with compiled_for("sm_90") as kernels:
+        hold[(1,)](torch.empty(4096), BLOCK=4096, num_warps=1, maxnreg=32)
+    assert audit(kernels[0]).spills
+
+
+def test_instructions_are_read() -> None:
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add(x, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x + at, tl.load(x + at) + 1.0)
+
+    with compiled_for("sm_90") as kernels:
+        add[(1,)](torch.empty(4096), BLOCK=1024)
+    found = audit(kernels[0])
+    assert loads(found.instructions) == (2, 2)
+    assert 0 < found.registers < 64
+    assert 0 < found.occupancy <= 1
+    assert any(re.match(r"STG\..*128", name) for name in found.instructions)
