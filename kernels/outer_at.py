@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from sft.kernels.library import define
 from sft.kernels.pattern import Pattern
 
 # A dense row block is at most this large; smaller blocks cost up to 1.8x in GEMM efficiency.
 BLOCK_BYTES = 16 * 2**20
-# Densities up to which one dot product per position beats dense row blocks. CPU: measured by
-# benchmarks/crossover.py. Elsewhere: tensor cores move the crossover down (a model, not measured).
+# Densities up to which one dot product per position beats dense row blocks, where that is measured
+# (benchmarks/crossover.py); elsewhere a model of both tells.
 SAMPLED_UP_TO = {"cpu": 0.10}
-SAMPLED_UP_TO_ELSEWHERE = 0.0025
+
+# Seconds on an H100, by a model of the compiled kernels in bfloat16 (not measured), of a position
+# and token by its own dot product, of an entry of an operand turned for that, and of a position and
+# token of a dense tile. Tiles of half a device's multiprocessors take half as long as all.
+SAMPLED_SECONDS, TURN_SECONDS, TILE_SECONDS, MULTIPROCESSORS = 9.1e-13, 1.33e-12, 3.1e-15, 132
+
+# torch 2.8 learned to keep the float32 that GPUs accumulate half-precision products in
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 
 
 def outer_at(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
@@ -31,19 +40,38 @@ def outer_at(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
         (k,) float32, or float64 for float64 operands.
 
     The path depends on shape, density and device type alone, never on a timing, so that a resumed
-    run takes the same one.
+    run takes the same one. Few positions: one dot product each. Many: dense row blocks on
+    the CPU, dense tiles in registers on a GPU; a dense gradient is never stored.
     """
-    left, right = widen(left), widen(right)
-    if len(pattern) == 0 or left.shape[0] == 0:
-        return right.new_zeros(len(pattern))
     if uses_sampled(pattern, left.device):
-        return _sampled(left, right, pattern)
-    return _row_blocks(left, right, pattern)
+        view = pattern.indices, pattern.row_pointers, pattern.columns
+        found: Tensor = SAMPLED_OUTER(left, right, *view)
+    else:
+        side = tile_side(pattern.shape)
+        # row blocks need no tiles
+        tiles = pattern.tiles(side) if left.device.type != "cpu" else (pattern.indices[:0],) * 2
+        found = TILED_OUTER(left, right, pattern.indices, *tiles, side)
+    return found
 
 
 def uses_sampled(pattern: Pattern, device: torch.device) -> bool:
-    """Tell whether `outer_at` takes one dot product per position rather than dense row blocks."""
-    return pattern.density <= SAMPLED_UP_TO.get(device.type, SAMPLED_UP_TO_ELSEWHERE)
+    """Tell whether `outer_at` takes one dot product per position rather than dense blocks.
+
+    On GPUs, of k positions of an (m, n) matrix: where k S + (m + n) U <= m n D / share of the GPU
+    in use, seconds by the model. Both sides grow alike with the tokens, which leave the rule.
+    """
+    if device.type in SAMPLED_UP_TO:
+        return pattern.density <= SAMPLED_UP_TO[device.type]
+    rows, cols = pattern.shape
+    side = tile_side(pattern.shape)
+    in_use = min(1.0, math.ceil(rows / side) * math.ceil(cols / side) / MULTIPROCESSORS)
+    sampled = len(pattern) * SAMPLED_SECONDS + (rows + cols) * TURN_SECONDS
+    return sampled * in_use <= rows * cols * TILE_SECONDS
+
+
+def tile_side(shape: tuple[int, int]) -> int:
+    """Return the side of a dense tile: 128, or 64 where that leaves multiprocessors idle."""
+    return 128 if shape[0] * shape[1] >= 2 * MULTIPROCESSORS * 128**2 else 64
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -51,32 +79,71 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left^T right, (rows, cols), in float32 or wider from operands of any float dtype."""
+    half = left.dtype in (torch.float16, torch.bfloat16)
+    if _WIDE_PRODUCTS and half and left.device.type == "cuda":
+        wide: Tensor = torch.mm(left.t(), right, out_dtype=torch.float32)
+        return wide
+    return widen(left).t() @ widen(right)
+
+
 def rows_per_block(cols: int, itemsize: int) -> int:
     """Return how many rows of `cols` entries fit a block."""
     return max(1, BLOCK_BYTES // max(1, cols * itemsize))
 
 
-def _sampled(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+def _sampled(
+    left: Tensor, right: Tensor, indices: Tensor, row_pointers: Tensor, columns: Tensor
+) -> Tensor:
     """Sampled dense-dense product (SDDMM): 2 * tokens * k operations."""
-    zeros = right.new_zeros(len(pattern))
+    left, right = widen(left), widen(right)
+    zeros = right.new_zeros(indices.numel())
+    if left.shape[0] == 0 or indices.numel() == 0:
+        return zeros
     # CSR keeps the ascending order of the flat positions, so the result needs no permutation
-    where = torch.sparse_csr_tensor(
-        pattern.row_pointers, pattern.columns, zeros, pattern.shape, check_invariants=False
-    )
+    shape = left.shape[1], right.shape[1]
+    where = torch.sparse_csr_tensor(row_pointers, columns, zeros, shape, check_invariants=False)
     products: Tensor = torch.sparse.sampled_addmm(where, left.t(), right, beta=0.0)
     return products.values()
 
 
-def _row_blocks(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
+def _row_blocks(
+    left: Tensor, right: Tensor, indices: Tensor, order: Tensor, pointers: Tensor, side: int
+) -> Tensor:
     """Dense product of one row block after another; peak memory is one block."""
-    step = rows_per_block(right.shape[1], right.element_size())
-    parts = []
-    for start in range(0, pattern.shape[0], step):
-        inside = pattern.between(start, min(start + step, pattern.shape[0]))
+    if left.device.type == "cpu":
+        left, right = widen(left), widen(right)
+    rows, cols = left.shape[1], right.shape[1]
+    pattern, step = Pattern(indices, (rows, cols)), rows_per_block(cols, widen(right[:0]).itemsize)
+    parts = [widen(right[:0]).new_empty(0)]
+    for start in range(0, rows, step):
+        inside = pattern.between(start, min(start + step, rows))
         if inside.numel():
-            block = left[:, start : start + step].t() @ right
+            block = wide_product(left[:, start : start + step], right)
             parts.append(block.view(-1).index_select(0, inside))
     return torch.cat(parts)
+
+
+def _fake(left: Tensor, right: Tensor, indices: Tensor, *rest: object) -> Tensor:
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return indices.new_empty(indices.numel(), dtype=wide)
+
+
+SAMPLED_OUTER = define(
+    "sampled_outer(Tensor left, Tensor right, Tensor indices, Tensor row_pointers, Tensor columns) "
+    "-> Tensor",
+    plain=_sampled,
+    triton="sampled:sampled_outer",
+    fake=_fake,
+)
+TILED_OUTER = define(
+    "tiled_outer(Tensor left, Tensor right, Tensor indices, Tensor order, Tensor pointers, "
+    "int side) -> Tensor",
+    plain=_row_blocks,
+    triton="tiles:tiled_outer",
+    fake=_fake,
+)
 
 
 def outer_at_reference(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:

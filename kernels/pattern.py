@@ -53,6 +53,32 @@ class Pattern:
         """Row of each position: (k,) int64, computed anew at each call."""
         return (self.indices // self.shape[1]).long()
 
+    def tiles(self, side: int) -> tuple[Tensor, Tensor]:
+        """Sort the positions into square tiles of the matrix.
+
+        Returns:
+            order: (k,) int32, slots of the positions, tile after tile, ascending within a tile.
+            pointers: (tiles + 1,) int32, where each tile begins in `order`; tiles go row by row.
+
+        Kept for the last side asked for (4 bytes an entry).
+        """
+        if side not in self._tiles:
+            self._tiles.clear()
+            self._tiles[side] = self._sort_into_tiles(side)
+        return self._tiles[side]
+
+    @cached_property
+    def _tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _sort_into_tiles(self, side: int) -> tuple[Tensor, Tensor]:
+        rows, cols = self.shape
+        across = -(-cols // side)
+        tile = self.rows() // side * across + self.columns.long() // side
+        tile, order = tile.sort(stable=True)
+        edges = torch.arange(-(-rows // side) * across + 1, device=tile.device)
+        return order.to(torch.int32), torch.searchsorted(tile, edges).to(torch.int32)
+
     def between(self, first_row: int, last_row: int) -> Tensor:
         """Positions in rows [first_row, last_row), counted from `first_row`: (j,) int64."""
         cols = self.shape[1]

@@ -24,7 +24,7 @@ def path(request, monkeypatch):
     monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": 1.0 if request.param == "sampled" else -1})
     monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
     calls = []
-    for name in ("_sampled", "_row_blocks"):
+    for name in ("SAMPLED_OUTER", "TILED_OUTER"):
         real = getattr(module, name)
 
         def spy(*args, name=name, real=real):
@@ -33,7 +33,7 @@ def path(request, monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
     yield request.param
-    assert set(calls) <= {"_" + request.param.replace(" ", "_")}
+    assert set(calls) == {"SAMPLED_OUTER" if request.param == "sampled" else "TILED_OUTER"}
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -69,22 +69,37 @@ def test_fact06_non_contiguous_operands(path, make_pattern) -> None:
     torch.testing.assert_close(outer_at(left, right, pattern), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("limit, expected", [(1.0, "_sampled"), (-1, "_row_blocks")])
-def test_the_path_named_is_the_path_taken(monkeypatch, make_pattern, limit, expected) -> None:
-    monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": limit})
-    taken = []
-    for name in ("_sampled", "_row_blocks"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: taken.append(name))
-    outer_at(torch.randn(3, 4), torch.randn(3, 5), make_pattern(4, 5, 6))
-    assert taken == [expected]
-
-
 def test_the_path_is_a_rule_of_density_and_device(make_pattern) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert uses_sampled(make_pattern(100, 100, 1000), cpu)
     assert not uses_sampled(make_pattern(100, 100, 1001), cpu)
-    assert uses_sampled(make_pattern(100, 100, 25), gpu)
-    assert not uses_sampled(make_pattern(100, 100, 26), gpu)
+    flips = [k for k in range(1, 400) if not uses_sampled(make_pattern(400, 400, k), gpu)]
+    assert flips == list(range(flips[0], 400))
+    assert 1 < flips[0] <= 0.003 * 400 * 400
+
+
+def test_the_rule_for_gpus_is_that_of_the_model_and_the_compiled_code(make_pattern) -> None:
+    """Recomputed from the instructions of the loop, the bytes it reads, and an H100's peaks."""
+    pytest.importorskip("triton")
+    from device_cases.sampled import BUILDS
+    from without_gpu.audit import audit
+    from without_gpu.compiler import compiled_for
+    from without_gpu.model import least_seconds
+
+    from sft.kernels.triton.sampled import ENTRIES, TOKENS
+
+    with compiled_for("sm_90") as kernels:
+        BUILDS["bfloat16"].launch()
+    code = audit(kernels[0])
+    many = 1e12  # so many that a launch is nothing
+    instructions = code.hot.total() * code.warps / (ENTRIES * TOKENS)
+    sampled, slowest = least_seconds(instructions=many * instructions, cache=many * 4)
+    turn, _ = least_seconds(memory=many * 4)
+    tile, _ = least_seconds(operations=many * 2)
+    assert slowest == "cache"
+    assert pytest.approx(sampled / many, rel=0.02) == module.SAMPLED_SECONDS
+    assert pytest.approx(turn / many, rel=0.02) == module.TURN_SECONDS
+    assert pytest.approx(tile / many, rel=0.02) == module.TILE_SECONDS
 
 
 def test_fact37_row_blocks_hold_one_block(monkeypatch, make_pattern, largest_tensor) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -41,3 +43,18 @@ def test_positions_beyond_int32() -> None:
     assert pattern.rows().tolist() == [0, 2**15, 2**16 - 1]
     assert pattern.columns.tolist() == [3, 5, 2**16 - 1]
     assert pattern.between(2**15, 2**16).tolist() == [5, 2**31 - 1]
+
+
+@pytest.mark.parametrize("side", [1, 4, 64])
+@pytest.mark.parametrize("rows, cols, k", [(1, 1, 1), (9, 10, 40), (9, 10, 0), (9, 10, 90)])
+def test_tiles_hold_each_position_once(make_pattern, rows, cols, k, side) -> None:
+    pattern = make_pattern(rows, cols, k)
+    order, pointers = pattern.tiles(side)
+    across = -(-cols // side)
+    expected = [[] for _ in range(-(-rows // side) * across)]
+    for slot, at in enumerate(pattern.indices.tolist()):
+        expected[at // cols // side * across + at % cols // side].append(slot)
+    begin = pointers.tolist()
+    assert [order[a:b].tolist() for a, b in pairwise(begin)] == expected
+    assert pattern.tiles(side)[0] is order
+    assert pattern.tiles(side + 1)[0] is not order

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sft.kernels import outer_at
+from sft.kernels import topk_outer as topk_module
 from sft.kernels.outer import DenseOuter, LookupOuter
 from sft.kernels.topk_outer import topk_outer, topk_outer_reference
 
@@ -45,3 +46,66 @@ def test_one_block_lives_at_a_time(monkeypatch, largest_tensor) -> None:
     outer = DenseOuter(torch.randn(4, rows), torch.randn(4, cols))
     # nonzero() gives int64 positions: twice the bytes of the block they are found in
     assert largest_tensor(lambda: topk_outer(outer, 50)) <= max(2 * 8 * cols * 4, 8 * 2 * 50)
+
+
+def crowded() -> DenseOuter:
+    """Whole numbers, hundreds of times larger in one corner."""
+    generator = torch.Generator().manual_seed(6)
+    left = torch.randint(-3, 4, (9, 150), generator=generator).float()
+    right = torch.randint(-3, 4, (9, 130), generator=generator).float()
+    left[:, :20] *= 30
+    right[:, :20] *= 30
+    return DenseOuter(left, right)
+
+
+@pytest.fixture
+def on_tiles(monkeypatch):
+    """Take the GPU's way, interpreted; a small sample; and note the rooms that were asked for."""
+    pytest.importorskip("triton")
+    from without_gpu.interpreter import interpreted
+
+    rooms = []
+    real = topk_module.outer_above
+
+    def spy(left, right, threshold, starts):
+        rooms.append(int(starts[-1]))
+        return real(left, right, threshold, starts)
+
+    monkeypatch.setattr(topk_module, "outer_above", spy)
+    monkeypatch.setattr(topk_module, "SAMPLE", 2**10)
+    with interpreted():
+        yield rooms
+
+
+@pytest.mark.parametrize("excluded", [None, 0, 300], ids=["", "none", "some"])
+@pytest.mark.parametrize("k", [1, 40, 350])
+@pytest.mark.parametrize("which", ["spread", "crowded"])
+def test_fact15_tiles_choose_the_same(on_tiles, make_pattern, which, k, excluded) -> None:
+    outer = crowded()
+    if which == "spread":
+        outer = DenseOuter(outer.left[:, 20:], outer.right[:, 20:])
+    exclude = None if excluded is None else make_pattern(*outer.shape, excluded)
+    found = topk_outer(outer, k, exclude)
+    assert on_tiles, "rows were multiplied block by block"
+    assert torch.equal(found, topk_outer_reference(outer, k, exclude))
+
+
+def test_a_crowded_tile_is_given_room(on_tiles) -> None:
+    outer = crowded()
+    found = topk_outer(outer, 350)
+    assert len(on_tiles) == 2
+    assert torch.equal(found, topk_outer_reference(outer, 350))
+
+
+@pytest.mark.parametrize("k", [0, 150 * 130, 3000])
+def test_where_a_guess_is_of_no_use_row_blocks_choose(on_tiles, k) -> None:
+    outer = crowded()
+    assert torch.equal(topk_outer(outer, k), topk_outer_reference(outer, k))
+    assert not on_tiles
+
+
+def test_too_high_a_guess_is_noticed(on_tiles, monkeypatch) -> None:
+    outer = crowded()
+    monkeypatch.setattr(topk_module, "_threshold", lambda *_: (torch.tensor(1e9), 0.1))
+    assert torch.equal(topk_outer(outer, 40), topk_outer_reference(outer, 40))
+    assert len(on_tiles) == 1
