@@ -70,9 +70,8 @@ def implementation(device: torch.device) -> str:
     timing, so that a resumed run takes the same path.
 
     Raises:
-        ValueError: the variable has another value than auto, torch or triton.
-        RuntimeError: Triton was asked for by name, for a device that it does not serve.
-        ImportError: Triton was asked for by name and is not installed.
+        ValueError: the variable has another value, or asks for Triton by name where it is not
+            installed or does not serve the device.
     """
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
@@ -82,12 +81,12 @@ def implementation(device: torch.device) -> str:
     if wanted == "auto":
         return "triton" if _installed() else "torch"
     if device.type not in TRITON_DEVICES:
-        raise RuntimeError(
+        raise ValueError(
             f"{VARIABLE}: got 'triton', the tensors are on {device}, allowed are GPUs; "
             "unset it, or set TRITON_INTERPRET=1 to debug kernels on the CPU"
         )
     if not _installed():
-        raise ImportError(
+        raise ValueError(
             f"{VARIABLE}: got 'triton', which is not installed; pip install 'sparse-sft[triton]' "
             "on Linux, or unset it"
         )

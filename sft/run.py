@@ -12,7 +12,7 @@ from sft import folder as run_folder
 from sft.arguments import build_arguments
 from sft.data import Examples, load_data
 from sft.encode import Encoded, encode
-from sft.environment import versions
+from sft.environment import check_kernels, versions
 from sft.errors import UserError
 from sft.export import export_merged, logits_of, merging_bound, verify_merged
 from sft.metrics import evaluate, held_out_batches
@@ -55,6 +55,7 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     """
     console = console or Console()
     phases = Phases(console)
+    check_kernels()
     _seed_everything(recipe.seed)
     resume = recipe.training.get("resume_from_checkpoint")
     output = Path(recipe.training["output_dir"])

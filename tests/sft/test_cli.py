@@ -183,3 +183,13 @@ def test_an_unexpected_error_keeps_its_traceback(recipe_file, monkeypatch):
     monkeypatch.setattr("sft.recipe.load_recipe", fail)
     result = run("train", recipe_file)
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_kernels_that_are_not_there_are_refused_before_anything_is_loaded(
+    recipe_file, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SFT_KERNELS", "trition")
+    monkeypatch.setattr("sft.models.load_model", None)
+    assert "SFT_KERNELS: got 'trition', allowed is one of auto" in refused("train", recipe_file)
+    assert "SFT_KERNELS: got 'trition'" in run("env").stdout
+    assert not (tmp_path / "run").exists()
