@@ -9,6 +9,7 @@ from peft import PeftConfig
 from sft.adapters.budget import Budget
 from sft.adapters.registry import register_all
 from sft.adapters.select import ORDERS, strategy
+from sft.kernels.kept import FORMS
 
 DEFAULT_DENSITY = 0.005
 OPTIMIZERS = ("auto", "adamw", "sm3", "trainer")
@@ -43,6 +44,9 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
         calibration_batches: how many batches a calibrated selection reads.
         optimizer: "adamw" (per-entry age), "sm3", "trainer" (what TrainingArguments.optim names),
             or "auto": what suits the method, unless TrainingArguments.optim was set.
+        saved_inputs: how the inputs that trained weights' gradients need are kept for backward:
+            "full", or in fewer bits and rounded without bias as "bfloat16" (half of float32) or
+            "int8" (a quarter).
         seed: seeds every random choice, together with the module's name.
         reference: do as the method's authors did, where their choices differ from ours.
         init_weights: start the deltas at 0 (False: random, for tests).
@@ -58,6 +62,7 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
     selection_order: str = "largest"
     calibration_batches: int = 8
     optimizer: str = "auto"
+    saved_inputs: str = "full"
     seed: int = 0
     reference: bool = False
     init_weights: bool = field(default=True, repr=False)
@@ -76,6 +81,7 @@ class SparseConfig(PeftConfig):  # type: ignore[misc]
         order = self.selection_order
         require("selection_order", order, order in ORDERS, " or ".join(ORDERS))
         require("optimizer", self.optimizer, self.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
+        require("saved_inputs", self.saved_inputs, self.saved_inputs in FORMS, ", ".join(FORMS))
         batches = self.calibration_batches
         enough = is_whole(batches) and batches >= 1
         require("calibration_batches", batches, enough, "a whole number of at least 1")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.kept import Kept, form_of, keep, restore
 from sft.kernels.outer import DenseOuter
 from sft.kernels.pattern import Pattern
 from sft.kernels.sparse_linear import Site, as_autocast, check_stamp, linear, without_autocast
@@ -27,6 +28,7 @@ def composed_linear(
     *,
     bias: Tensor | None = None,
     conv1d: bool = False,
+    saved_inputs: str = "full",
 ) -> Tensor:
     """Compose W = c B A + S in a workspace, apply it, and forget it until backward.
 
@@ -44,6 +46,7 @@ def composed_linear(
         site: positions in the stored (out, in) weight, gradient tap and content stamp.
         bias: (out,) or None.
         conv1d: positions are those of a weight stored as (in, out).
+        saved_inputs: in which form x is saved; see `sft.kernels.kept`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
@@ -52,7 +55,8 @@ def composed_linear(
     step, and scatters atomically; positions are unique, so a plain indexed add is enough.
     """
     x, bias = as_autocast(x), as_autocast(bias)
-    y: Tensor = _Composed.apply(x, a, b, values, scale, bias, site, conv1d)  # type: ignore[no-untyped-call]
+    form = form_of(x, values, saved_inputs)
+    y: Tensor = _Composed.apply(x, a, b, values, scale, bias, site, form, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -98,11 +102,12 @@ class _Composed(torch.autograd.Function):
         scale: Scale,
         bias: Tensor | None,
         site: Site,
+        form: str,
         conv1d: bool,
     ) -> Tensor:
         trained = scale if isinstance(scale, Tensor) else None
-        kept = x if any(ctx.needs_input_grad[1:5]) else None
-        ctx.save_for_backward(kept, a, b, values, trained)
+        kept = keep(x, form) if any(ctx.needs_input_grad[1:5]) else (None, None)
+        ctx.save_for_backward(*kept, a, b, values, trained)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
         ctx.scale = scale if trained is None else None
         out = _workspace.take(site.pattern.shape, x)
@@ -113,7 +118,7 @@ class _Composed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        x, a, b, values, trained = ctx.saved_tensors
+        codes, peaks, a, b, values, trained = ctx.saved_tensors
         needs, scale = ctx.needs_input_grad, ctx.scale if trained is None else trained
         pattern: Pattern = ctx.site.pattern
         out = _workspace.take(pattern.shape, grad)
@@ -123,9 +128,9 @@ class _Composed(torch.autograd.Function):
             dx = grad @ (weight.t() if ctx.conv1d else weight)
         if needs[5]:
             dbias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        if x is None:
-            return dx, None, None, None, None, dbias, None, None
-        dweight = _weight_gradient(ctx, x, grad, out)
+        if codes is None:
+            return dx, None, None, None, None, dbias, None, None, None
+        dweight = _weight_gradient(ctx, restore(Kept(codes, peaks), grad.dtype), grad, out)
         dvalues = dweight.view(-1).index_select(0, pattern.indices).to(values.dtype)
         # of the stored weight; the factors see it as (out, in)
         dweight = dweight.t() if ctx.conv1d else dweight
@@ -134,7 +139,7 @@ class _Composed(torch.autograd.Function):
         dscale = None
         if trained is not None:
             dscale = (turned * b).sum(dtype=trained.dtype).view_as(trained)
-        return dx, da, (turned * scale).to(b.dtype), dvalues, dscale, dbias, None, None
+        return dx, da, (turned * scale).to(b.dtype), dvalues, dscale, dbias, None, None, None
 
 
 def _weight_gradient(ctx: Any, x: Tensor, grad: Tensor, out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.kept import Kept, form_of, restore
 from sft.kernels.outer import SharedInput, token_last
 from sft.kernels.outer_at import uses_sampled
 from sft.kernels.sparse_linear import (
@@ -42,6 +43,7 @@ def factored_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     conv1d: bool = False,
+    saved_inputs: str = "full",
 ) -> Tensor:
     """Apply c B A + S as it is factored, or beside a weight that holds S already.
 
@@ -62,6 +64,7 @@ def factored_linear(
         weight: frozen, (out, in), or None.
         bias: (out,) or None.
         conv1d: positions and `weight` are stored as (in, out), as GPT-2 does.
+        saved_inputs: in which form x is saved; see `sft.kernels.kept`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
@@ -73,8 +76,8 @@ def factored_linear(
     """
     original = x
     x, bias = as_autocast(x), as_autocast(bias)
-    shared = announced(original, x.dtype, values)
-    y: Tensor = _Factored.apply(x, a, b, values, scale, weight, bias, site, shared, conv1d)  # type: ignore[no-untyped-call]
+    shared, form = announced(original, x.dtype, values), form_of(x, values, saved_inputs)
+    y: Tensor = _Factored.apply(x, a, b, values, scale, weight, bias, site, shared, form, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -113,6 +116,7 @@ class _Factored(torch.autograd.Function):
         bias: Tensor | None,
         site: Site,
         shared: SharedInput,
+        form: str,
         conv1d: bool,
     ) -> Tensor:
         low = x @ a.to(x.dtype).t()
@@ -124,8 +128,9 @@ class _Factored(torch.autograd.Function):
         flat = y.view(-1, y.shape[-1])
         flat.addmm_((low * scale).view(-1, low.shape[-1]).to(y.dtype), b.to(y.dtype).t())
         needs, trained = ctx.needs_input_grad, scale if isinstance(scale, Tensor) else None
-        kept = x if needs[1] or needs[3] else None, low if needs[2] or needs[4] else None
-        ctx.save_for_backward(*kept, a, b, values, weight, trained)
+        kept = shared.keep(x, form) if needs[1] or needs[3] else (None, None)
+        ranks = low if needs[2] or needs[4] else None
+        ctx.save_for_backward(*kept, ranks, a, b, values, weight, trained)
         ctx.site, ctx.stamp, ctx.shared, ctx.conv1d = site, site.stamp, shared, conv1d
         ctx.scale = scale if trained is None else None
         return y
@@ -134,7 +139,7 @@ class _Factored(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        x, low, a, b, values, weight, trained = ctx.saved_tensors
+        codes, peaks, low, a, b, values, weight, trained = ctx.saved_tensors
         needs, scale = ctx.needs_input_grad, ctx.scale if trained is None else trained
         flat = _rows(grad)
         if weight is None and uses_sampled(ctx.site.pattern, grad.device):
@@ -146,17 +151,19 @@ class _Factored(torch.autograd.Function):
         if needs[0]:
             dx = _input_gradient(ctx, flat, values, weight)
             dx = dx.addmm_(scaled, a.to(flat.dtype)).view(*grad.shape[:-1], a.shape[1])
+        if codes is not None:
+            x = restore(Kept(codes, peaks), flat.dtype)
         if needs[1]:
             da = (scaled.t() @ _rows(x)).to(a.dtype)
         if needs[2]:
             db = (flat.t() @ (_rows(low) * scale).to(flat.dtype)).to(b.dtype)
         if needs[3]:
-            dvalues = values_gradient(ctx, x, flat).to(values.dtype)
+            dvalues = values_gradient(ctx, Kept(x, None), flat).to(values.dtype)
         if trained is not None and needs[4]:
             dscale = (back * _rows(low)).sum(dtype=trained.dtype).view_as(trained)
         if needs[6]:
             dbias = flat.sum(0)
-        return dx, da, db, dvalues, dscale, None, dbias, None, None, None
+        return dx, da, db, dvalues, dscale, None, dbias, None, None, None, None
 
 
 def _input_gradient(ctx: Any, grad: Tensor, values: Tensor, weight: Tensor | None) -> Tensor:

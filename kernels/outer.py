@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sft.kernels.kept import Kept, keep, restore
 from sft.kernels.outer_at import outer_at, widen
 from sft.kernels.pattern import Pattern
 
@@ -104,23 +105,46 @@ def token_last(tensor: Tensor) -> Tensor:
 
 
 class SharedInput:
-    """One transposition for all the layers that read one input: q, k and v; gate and up.
+    """One compressed copy and one transposition for all that read one input: q, k, v; gate and up.
 
     Each reader announces itself in forward and takes the input in backward; the transposed copy
-    lives from the first of them to the last.
+    lives from the first of them to the last. What is kept for backward is made for the first one,
+    and forgotten here when the input is gone: from then on the readers alone hold it.
     """
 
     def __init__(self) -> None:
         self._readers = 0
         self._transposed: Tensor | None = None
+        self._kept: dict[str, Kept] = {}
+        self._input: weakref.ref[Tensor] | None = None
 
     def announce(self) -> None:
         """Count one more reader."""
         self._readers += 1
 
-    def take(self, x: Tensor) -> Tensor:
-        """Return x, (tokens, n), with its tokens side by side."""
-        transposed = token_last(x) if self._transposed is None else self._transposed
+    def follow(self, x: Tensor) -> None:
+        """Share what is kept for as long as x lives."""
+        kept = self._kept
+
+        def forget(_: object) -> None:
+            kept.clear()
+
+        self._input = weakref.ref(x, forget)
+
+    def keep(self, x: Tensor, form: str) -> Kept:
+        """Return x as backward is to find it; see `sft.kernels.kept`."""
+        if form == "full" or self._input is None:
+            return keep(x, form)
+        if form not in self._kept:
+            self._kept[form] = keep(x, form)
+        return self._kept[form]
+
+    def take(self, kept: Kept, dtype: torch.dtype) -> Tensor:
+        """Return what `keep` gave for (..., n) as (tokens, n), the tokens side by side."""
+        transposed = self._transposed
+        if transposed is None:
+            x = restore(kept, torch.promote_types(dtype, torch.float32))
+            transposed = token_last(x.reshape(-1, x.shape[-1]))
         self._readers -= 1
         self._transposed = transposed if self._readers > 0 else None
         return transposed
@@ -145,5 +169,6 @@ def shared_input(x: Tensor, dtype: torch.dtype) -> SharedInput:
         if same and shared is not None:
             return shared
     shared = SharedInput()
+    shared.follow(x)
     _latest = (weakref.ref(x), x._version, dtype, weakref.ref(shared))
     return shared

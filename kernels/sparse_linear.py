@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.kept import Kept, form_of, restore
 from sft.kernels.outer import DenseOuter, Outer, SharedInput, shared_input, token_last
 from sft.kernels.outer_at import uses_sampled, widen
 from sft.kernels.pattern import Pattern
@@ -34,7 +35,14 @@ class Site(Protocol):
 
 
 def resident_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, site: Site, *, conv1d: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    site: Site,
+    *,
+    conv1d: bool,
+    saved_inputs: str = "full",
 ) -> Tensor:
     """Apply a linear layer whose `weight` already holds the effective weight.
 
@@ -49,6 +57,7 @@ def resident_linear(
         values: (k,) the trained deltas: read in backward alone, for their dtype.
         site: positions, gradient tap and content stamp of the layer.
         conv1d: the weight is stored transposed.
+        saved_inputs: in which form x is saved; see `sft.kernels.kept`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
@@ -58,12 +67,14 @@ def resident_linear(
     """
     original = x
     x, bias = as_autocast(x), as_autocast(bias)
-    shared = announced(original, x.dtype, values)
-    y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
+    shared, form = announced(original, x.dtype, values), form_of(x, values, saved_inputs)
+    y: Tensor = _ResidentLinear.apply(x, weight, bias, values, site, shared, form, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
-def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tensor:
+def delta_linear(
+    x: Tensor, values: Tensor, site: Site, *, conv1d: bool, saved_inputs: str = "full"
+) -> Tensor:
     """Return the contribution of the deltas alone, x Delta^T, for a weight that cannot be written.
 
     Args:
@@ -71,14 +82,15 @@ def delta_linear(x: Tensor, values: Tensor, site: Site, *, conv1d: bool) -> Tens
         values: (k,) the trained deltas.
         site: as for `resident_linear`.
         conv1d: positions refer to a weight stored as (in, out).
+        saved_inputs: in which form x is saved; see `sft.kernels.kept`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
     """
     original = x
     x = as_autocast(x)
-    shared = announced(original, x.dtype, values)
-    y: Tensor = _DeltaLinear.apply(x, values, site, shared, conv1d)  # type: ignore[no-untyped-call]
+    shared, form = announced(original, x.dtype, values), form_of(x, values, saved_inputs)
+    y: Tensor = _DeltaLinear.apply(x, values, site, shared, form, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -101,11 +113,12 @@ class _ResidentLinear(torch.autograd.Function):
         values: Tensor,
         site: Site,
         shared: SharedInput,
+        form: str,
         conv1d: bool,
     ) -> Tensor:
         needs_x = ctx.needs_input_grad[0]
-        needs_values = ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_values else None, weight if needs_x else None, values)
+        kept = shared.keep(x, form) if ctx.needs_input_grad[3] else (None, None)
+        ctx.save_for_backward(*kept, weight if needs_x else None, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
         ctx.shared = shared
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
@@ -114,24 +127,31 @@ class _ResidentLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        x, weight, values = ctx.saved_tensors
+        codes, peaks, weight, values = ctx.saved_tensors
         dx = dvalues = dbias = None
         if weight is not None:
             weight = weight.to(grad.dtype)
             dx = grad @ (weight.t() if ctx.conv1d else weight)
-        if x is not None:
-            dvalues = values_gradient(ctx, x, grad).to(values.dtype)
+        if codes is not None:
+            dvalues = values_gradient(ctx, Kept(codes, peaks), grad).to(values.dtype)
         if ctx.needs_input_grad[2]:
             dbias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return dx, None, dbias, dvalues, None, None, None
+        return dx, None, dbias, dvalues, None, None, None, None
 
 
 class _DeltaLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, site: Site, shared: SharedInput, conv1d: bool
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        site: Site,
+        shared: SharedInput,
+        form: str,
+        conv1d: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
+        kept = shared.keep(x, form) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*kept, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
         ctx.shared = shared
         return times_delta(x, values, site.pattern, to_rows=not conv1d)
@@ -140,13 +160,13 @@ class _DeltaLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        x, values = ctx.saved_tensors
+        codes, peaks, values = ctx.saved_tensors
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
             dx = times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
-        if x is not None:
-            dvalues = values_gradient(ctx, x, grad).to(values.dtype)
-        return dx, dvalues, None, None, None
+        if codes is not None:
+            dvalues = values_gradient(ctx, Kept(codes, peaks), grad).to(values.dtype)
+        return dx, dvalues, None, None, None, None
 
 
 def check_stamp(ctx: Any) -> None:
@@ -176,18 +196,21 @@ def announced(x: Tensor, dtype: torch.dtype, values: Tensor) -> SharedInput:
     return shared
 
 
-def values_gradient(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+def values_gradient(ctx: Any, kept: Kept, grad: Tensor) -> Tensor:
     """Return the gradient of the deltas, (k,) float32 or wider; feed the tap, if there is one.
 
     Args:
         ctx: of a custom function, with `site`, `shared` and `conv1d`.
-        x: (..., in).
+        kept: the input, (..., in).
         grad: (..., out).
     """
     site: Site = ctx.site
-    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    if uses_sampled(site.pattern, x.device):
-        x = ctx.shared.take(x)
+    grad = grad.reshape(-1, grad.shape[-1])
+    if not uses_sampled(site.pattern, grad.device):
+        x = restore(kept, grad.dtype)
+        x = x.reshape(-1, x.shape[-1])
+    else:
+        x = ctx.shared.take(kept, grad.dtype)
         # read twice if there is a tap: both reads share one transposition
         grad = grad if site.tap is None else token_last(grad)
     outer = DenseOuter(x, grad) if ctx.conv1d else DenseOuter(grad, x)

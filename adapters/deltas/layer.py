@@ -50,7 +50,13 @@ class DeltaLayer(SparseLayer):
         self._sites: dict[str, DeltaSite] = {}
 
     def add_adapter(
-        self, name: str, indices: Tensor, values: Tensor, *, inference_mode: bool = False
+        self,
+        name: str,
+        indices: Tensor,
+        values: Tensor,
+        *,
+        saved_inputs: str = "full",
+        inference_mode: bool = False,
     ) -> None:
         """Give this layer an adapter with these positions and deltas.
 
@@ -58,6 +64,7 @@ class DeltaLayer(SparseLayer):
             name: the adapter.
             indices: (k,) distinct ascending positions of the stored weight.
             values: (k,) deltas.
+            saved_inputs: in which form backward's inputs are kept; see `sft.kernels.kept`.
             inference_mode: leave the deltas frozen.
         """
         self._residency.restore()
@@ -67,7 +74,7 @@ class DeltaLayer(SparseLayer):
             "delta_indices": as_indices(indices, self.shape, device),
             "delta_base": torch.tensor([fingerprint(self._plain_weight())], device=device),
         }
-        self._sites[name] = DeltaSite(self, self.delta_indices, name)
+        self._sites[name] = DeltaSite(self, self.delta_indices, name, saved_inputs=saved_inputs)
         self.install(name, {"delta_values": values}, fixed, inference_mode=inference_mode)
 
     def site(self, name: str) -> DeltaSite:
@@ -104,8 +111,10 @@ class DeltaLayer(SparseLayer):
         base, values, site = self.get_base_layer(), self.delta_values[name], self._ready(name)
         if self.kind is Kind.EMBEDDING:
             return resident_embedding(x, base.weight, values, site, base.padding_idx)
-        conv1d = self.kind is Kind.CONV1D
-        return resident_linear(x, base.weight, base.bias, values, site, conv1d=conv1d)
+        conv1d, form = self.kind is Kind.CONV1D, site.saved_inputs
+        return resident_linear(
+            x, base.weight, base.bias, values, site, conv1d=conv1d, saved_inputs=form
+        )
 
     def aside(self, x: Tensor, name: str) -> Tensor:
         """Return x Delta^T, or the looked-up rows of Delta."""
@@ -114,7 +123,8 @@ class DeltaLayer(SparseLayer):
             y = delta_embedding(x, values, site, self.get_base_layer().padding_idx)
             scale = self._get_embed_scale()
             return y if scale is None else y * scale.to(y.dtype)
-        return delta_linear(x, values, site, conv1d=self.kind is Kind.CONV1D)
+        conv1d, form = self.kind is Kind.CONV1D, site.saved_inputs
+        return delta_linear(x, values, site, conv1d=conv1d, saved_inputs=form)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense delta of an adapter: (rows, cols) in the dtype of its values."""

@@ -22,10 +22,14 @@ class DeltaSite:
         layer: the layer.
         indices: its supports by adapter; they are read anew when they were replaced or written to.
         name: the adapter.
+        saved_inputs: in which form backward's inputs are kept; see `sft.kernels.kept`.
     """
 
-    def __init__(self, layer: SparseLayer, indices: BufferDict, name: str) -> None:
+    def __init__(
+        self, layer: SparseLayer, indices: BufferDict, name: str, *, saved_inputs: str = "full"
+    ) -> None:
         self.tap: Tap | None = None
+        self.saved_inputs = saved_inputs
         self._layer = layer
         self._indices = indices
         self._name = name

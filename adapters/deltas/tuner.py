@@ -69,7 +69,13 @@ def _attach(
     values = torch.zeros(k, dtype=dtype, device=indices.device)
     if not config.init_weights and not on_meta:
         values = torch.randn(k, dtype=dtype)
-    layer.add_adapter(adapter, indices, values, inference_mode=config.inference_mode)
+    layer.add_adapter(
+        adapter,
+        indices,
+        values,
+        saved_inputs=config.saved_inputs,
+        inference_mode=config.inference_mode,
+    )
 
 
 def _base_numel(model: nn.Module) -> int:

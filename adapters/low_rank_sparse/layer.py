@@ -34,11 +34,13 @@ class Settings(NamedTuple):
         scale: c, unless it is trained.
         kernel: "auto", "compose" or "factored".
         stored: whether the adapter's file holds the positions.
+        saved_inputs: in which form backward's inputs are kept; see `sft.kernels.kept`.
     """
 
     scale: float
     kernel: str
     stored: bool
+    saved_inputs: str = "full"
 
 
 class SLTrainLinear(SparseLayer):
@@ -124,9 +126,15 @@ class SLTrainLinear(SparseLayer):
     def resident_forward(self, x: Tensor, name: str) -> Tensor:
         """Apply the layer while W holds the sparse part."""
         base, site = self.get_base_layer(), self._ready(name)
-        conv1d = self.kind is Kind.CONV1D
+        conv1d, form = self.kind is Kind.CONV1D, self._settings[name].saved_inputs
         return factored_linear(
-            x, *self._parts(name), site, weight=base.weight, bias=base.bias, conv1d=conv1d
+            x,
+            *self._parts(name),
+            site,
+            weight=base.weight,
+            bias=base.bias,
+            conv1d=conv1d,
+            saved_inputs=form,
         )
 
     def aside(self, x: Tensor, name: str) -> Tensor:
@@ -142,8 +150,9 @@ class SLTrainLinear(SparseLayer):
             fast = factored_is_faster(shape, tokens, rank, values.numel(), x.device)
             kernel = "factored" if fast else "compose"
         op = factored_linear if kernel == "factored" else composed_linear
-        conv1d = self.kind is Kind.CONV1D
-        return op(x, a, b, values, scale, self._ready(name), bias=bias, conv1d=conv1d)
+        conv1d, form = self.kind is Kind.CONV1D, self._settings[name].saved_inputs
+        site = self._ready(name)
+        return op(x, a, b, values, scale, site, bias=bias, conv1d=conv1d, saved_inputs=form)
 
     def merge_region(self, name: str) -> Region:
         """Return all of W: B A reaches every entry."""

@@ -146,7 +146,9 @@ class SLTrainModel(SparseTuner):
                 indices = _support(config, layer, name, adapter, counts[name])
             with torch.device("meta" if meta or on_meta else "cpu"):
                 trained = _initial(config, layer, name, counts[name])
-            settings = Settings(config.alpha / config.r, config.kernel, config.stores_indices)
+            settings = Settings(
+                config.alpha / config.r, config.kernel, config.stores_indices, config.saved_inputs
+            )
             layer.add_adapter(
                 adapter, indices, trained, settings, inference_mode=config.inference_mode
             )
