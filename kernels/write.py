@@ -97,13 +97,14 @@ def _check(weight: Tensor, values: Tensor) -> None:
         raise ValueError(f"values: got {values.dtype}, the weight is {weight.dtype}; cast first")
 
 
-def _plain(
+def write_each_(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
     values: Sequence[Tensor],
     originals: Sequence[Tensor],
     reference: bool,
 ) -> None:
+    """Do what `write_many_` and, with originals, `write_homes_` do in torch."""
     if originals:
         pairs = zip(originals, values, strict=True)
         values = [compose(before, new, reference=reference) for before, new in pairs]
@@ -114,7 +115,7 @@ def _plain(
 _write_many_ = define(
     "write_many_(Tensor(a!)[] weights, Tensor[] indices, Tensor[] values, Tensor[] originals, "
     "bool reference) -> ()",
-    plain=_plain,
+    plain=write_each_,
     triton="positions:write_many_",
     fake=lambda *_: None,
 )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sft.kernels.soft_threshold import soft_threshold_many_
+
 RULES = ("soft", "reference")
 
 
@@ -74,22 +76,8 @@ def proximal_step_(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty
             group = groups[id(parameter)]
             batches.setdefault(id(group), (group["lr"], []))[1].append(parameter)
         for lr, parameters in batches.values():
-            tau = lr * penalty.strength if penalty.times_lr else penalty.strength
-            _shrink_(parameters, _unless_skipped(optimizer, tau), penalty.rule)
-
-
-def soft_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
-    """Return sign(v) max(|v| - tau, 0), the proximal operator of tau * norm1.
-
-    Args:
-        value: floating, any shape.
-        tau: threshold >= 0; a tensor broadcasts.
-
-    Returns:
-        shape and dtype of value; exactly 0.0 where |v| <= tau.
-    """
-    # v - v is +0.0: no rounding and no negative zero inside the threshold
-    return value - value.clamp(-tau, tau)  # type: ignore[arg-type]
+            rate = lr if penalty.times_lr else 1.0
+            _shrink_(parameters, *_threshold(optimizer, rate, penalty.strength), penalty.rule)
 
 
 def reference_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
@@ -109,26 +97,29 @@ def reference_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
     return torch.where(value.abs() < tau, torch.zeros_like(value), value)
 
 
-def _shrink_(parameters: list[Tensor], tau: float | Tensor, rule: str) -> None:
-    if isinstance(tau, (int, float)) and tau == 0:
+def _shrink_(parameters: list[Tensor], tau: float, factor: Tensor | None, rule: str) -> None:
+    if tau == 0:
         return
-    if rule == "reference":
-        for parameter in parameters:
-            parameter.copy_(reference_threshold(parameter, tau))
-    elif isinstance(tau, Tensor):
-        for parameter in parameters:
-            parameter.copy_(soft_threshold(parameter, tau))
-    else:
-        # `soft_threshold` of all of them
-        inside = torch._foreach_clamp_min(parameters, -tau)
-        torch._foreach_clamp_max_(inside, tau)
-        torch._foreach_sub_(parameters, inside)
+    if rule == "soft":
+        soft_threshold_many_(parameters, tau, factor)
+        return
+    for parameter in parameters:
+        bound = tau if factor is None else factor * tau
+        parameter.copy_(reference_threshold(parameter, bound))
 
 
-def _unless_skipped(optimizer: torch.optim.Optimizer, tau: float | Tensor) -> float | Tensor:
-    """Return 0 for an update that a fused optimizer skipped: the loss scaler tells it so."""
+def _threshold(
+    optimizer: torch.optim.Optimizer, lr: float | Tensor, strength: float
+) -> tuple[float, Tensor | None]:
+    """Return a number and a tensor whose product is the threshold lr * strength.
+
+    The product is 0 for an update that a fused optimizer skipped: the loss scaler tells it so.
+    """
     overflow = getattr(optimizer, "found_inf", None)
-    return tau if overflow is None else tau * (1 - overflow)
+    applied = None if overflow is None else 1 - overflow
+    if not isinstance(lr, Tensor):
+        return lr * strength, applied
+    return strength, lr if applied is None else lr * applied
 
 
 def _stepping(optimizer: Any) -> torch.optim.Optimizer:

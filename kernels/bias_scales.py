@@ -24,19 +24,41 @@ def bias_scales(
     Returns:
         Two new fp32 tensors of age's shape, correctly rounded from fp64.
     """
-    last = _settled_age(max(betas))
-    if last > _TABLE_ENTRIES:
-        m_scale, root_scale = _scales(age, betas, reference)
-        return m_scale, root_scale
-    at = age.clamp(max=last).view(-1)
-    m_table, root_table = _tables(last, *betas, reference, age.device)
+    tables = bias_tables(betas, reference, age.device)
+    if tables is None:
+        return _scales(age, betas, reference)
+    m_table, root_table = tables
+    at = age.clamp(max=len(m_table) - 1).view(-1)
     return (
         m_table.index_select(0, at).view(age.shape),
         root_table.index_select(0, at).view(age.shape),
     )
 
 
-_TABLE_ENTRIES = 1 << 20  # betas above about 0.99998 are computed entry by entry instead
+def bias_tables(
+    betas: tuple[float, float], reference: bool, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Return both scales by age, fp32; ages past the last entry have its scales.
+
+    None where the tables would be long: for betas above about 0.99998.
+    """
+    last = _settled_age(max(betas))
+    return _tables(last, *betas, reference, device) if last <= _TABLE_ENTRIES else None
+
+
+def bias_scales_reference(
+    age: Tensor, betas: tuple[float, float], reference: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Oracle of `bias_scales`: the definition, in float64, one age after another."""
+    pairs = []
+    for a in age.view(-1).tolist():
+        c1, c2 = 1 - betas[0] ** a, 1 - betas[1] ** a
+        pairs.append((math.sqrt(c2) / c1, 1.0) if reference else (1 / c1, 1 / math.sqrt(c2)))
+    scales = torch.tensor(pairs, dtype=torch.float64, device=age.device).view(-1, 2)
+    return scales[:, 0].view(age.shape), scales[:, 1].view(age.shape)
+
+
+_TABLE_ENTRIES = 1 << 20
 
 
 def _settled_age(beta: float) -> int:
