@@ -101,7 +101,24 @@ def crossover_section(result: dict[str, Any]) -> str:
         shape = " x ".join(map(str, row["shape"]))
         cells = " | ".join(f"{ratio:.2f}" for ratio in row["ratio"])
         rows.append(f"| {shape} | {row['tokens']} | {cells} |")
-    return "\n".join([*rows, ""])
+    return "\n".join([*rows, *_support_rows(result["support_over_dense"]), ""])
+
+
+def _support_rows(found: dict[str, Any]) -> list[str]:
+    rows = [
+        "",
+        f"The gradient at {found['density']:.1%} of the positions of the quickstart model's layers "
+        f"at {found['tokens']} tokens, over multiplying dW out and gathering: "
+        f"**{found['block']:.2f}** for the linear layers of a block. By shape, where the input is "
+        "transposed for this layer, and where another one has done so (q for k and v, gate for "
+        "up):\n",
+        "| shape | first | later |",
+        "|---|---|---|",
+    ]
+    for row in found["layers"]:
+        shape = " x ".join(map(str, row["shape"]))
+        rows.append(f"| {shape} | {row['first']:.2f} | {row['later']:.2f} |")
+    return rows
 
 
 def quickstart_section(result: dict[str, Any]) -> str:
