@@ -16,13 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes that were alive at once of what `run` allocated; it runs twice.
+def peak_bytes(run: Callable[[], object], *, warm_up: bool = True) -> int:
+    """Return the most bytes that were alive at once of what `run` allocated.
 
-    The first run is not counted: it imports, and allocates what stays.
+    Args:
+        run: runs twice; the first run is not counted: it imports, and allocates what stays.
+        warm_up: False if it has run before; then it runs once.
     """
-    with _Counter():
-        run()
+    if warm_up:
+        with _Counter():
+            run()
     counter = _Counter()
     tracemalloc.start()
     try:
@@ -44,11 +47,11 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_plain(t)}
+        before = {s._cdata for t in tree_leaves((args, kwargs)) for s in storages(t)}
         found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if _is_plain(tensor) and tensor.untyped_storage()._cdata not in before:
-                self._add(tensor.untyped_storage())
+        for storage in (s for leaf in tree_leaves(found) for s in storages(leaf)):
+            if storage._cdata not in before:
+                self._add(storage)
         self.peak = max(self.peak, self.live + tracemalloc.get_traced_memory()[0])
         return found
 
@@ -64,5 +67,16 @@ class _Counter(TorchDispatchMode):
         self.live -= size
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_sparse
+def storages(value: Any) -> list[torch.UntypedStorage]:
+    """Return the storages under a tensor of the CPU, those of a sparse one's parts included."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return []
+    if value.layout is torch.strided:
+        return [value.untyped_storage()]
+    if value.layout is torch.sparse_coo:
+        parts = [value._indices(), value._values()]
+    elif value.layout is torch.sparse_csr:
+        parts = [value.crow_indices(), value.col_indices(), value.values()]
+    else:
+        return []
+    return [part.untyped_storage() for part in parts]

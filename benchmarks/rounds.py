@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Time = TypeVar("Time")
 
 
-def interleave(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds that each step reported, by round.
+def interleave(
+    steps: Mapping[str, Callable[[], Time]],
+    rounds: int,
+    *,
+    warm_up: bool = True,
+    seconds: float = 0.0,
+) -> dict[str, list[Time]]:
+    """Return what each step reported, by round.
 
     Args:
-        steps: run one step and return its process CPU seconds.
-        rounds: how many are kept; one more warms up.
+        steps: run one step and return its seconds, or its seconds by part.
+        rounds: how many are kept, at least.
+        warm_up: run one more before them.
+        seconds: go on until so much time has passed.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
+    times: dict[str, list[Time]] = {name: [] for name in steps}
+    turn, end = -int(warm_up), time.monotonic() + seconds
+    while turn < rounds or time.monotonic() < end:
         for name, step in steps.items():
-            seconds = step()
-            if turn:
-                times[name].append(seconds)
+            reported = step()
+            if turn >= 0:
+                times[name].append(reported)
+        turn += 1
     return times
 
 
