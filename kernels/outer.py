@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sft.kernels.kept import Kept, keep, restore
-from sft.kernels.outer_at import outer_at, widen
+from sft.kernels.outer_at import outer_at, wide_product, widen
 from sft.kernels.pattern import Pattern
 
 
@@ -52,7 +52,7 @@ class DenseOuter:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) of the product."""
-        return widen(self.left[:, start:stop]).t() @ widen(self.right)
+        return wide_product(self.left[:, start:stop], self.right)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,21 @@ class LookupOuter:
 
 
 def token_last(tensor: Tensor) -> Tensor:
-    """Return a (tokens, n) tensor whose tokens lie side by side in memory, as dot products want."""
-    return widen(tensor).t().contiguous().t()
+    """Return a (tokens, n) tensor whose tokens lie side by side in memory, as dot products want.
+
+    On the CPU in the dtype that sums are taken in. Elsewhere in its own, and each of the n rows
+    starts at a boundary of 128 bits, whatever the number of tokens.
+    """
+    if tensor.device.type == "cpu":
+        return widen(tensor).t().contiguous().t()
+    return aligned_tokens(tensor)
+
+
+def aligned_tokens(tensor: Tensor) -> Tensor:
+    """Return a (tokens, n) tensor as (n, tokens) lies in memory, rows padded to 16 entries."""
+    tokens, n = tensor.shape
+    rows = tensor.new_empty(n, -(-tokens // 16) * 16)[:, :tokens]
+    return rows.copy_(tensor.t()).t()
 
 
 class SharedInput:

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft.kernels.outer_at import widen
+from sft.kernels.outer_at import wide_product, widen
 from sft.kernels.sparse_linear import as_autocast, check_stamp, linear, without_autocast
-
-# torch 2.8 learned to keep the float32 that GPUs accumulate half-precision products in
-_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class SliceSite(Protocol):
@@ -172,10 +169,7 @@ def _values_grad(kept: Tensor, grad: Tensor, site: SliceSite) -> Tensor:
     left, right = (kept, grad) if site.side == "in" else (select(grad, site), kept)
     left, right = _tokens(left), _tokens(right)
     with without_autocast(left):
-        if _WIDE_PRODUCTS and left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
-            wide: Tensor = torch.mm(left.t(), right, out_dtype=torch.float32)
-            return wide
-        return widen(left).t() @ widen(right)
+        return wide_product(left, right)
 
 
 def _tokens(tensor: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sft.kernels.outer import aligned_tokens
+
 # Positions of a program, and tokens of a turn of its loop: 16 bytes of each of 16 rows a warp.
 ENTRIES, TOKENS = 16, 128
-# Rows of tokens start at multiples of so many entries: 128-bit loads whatever the number of tokens.
+# What `aligned_tokens` makes rows start at multiples of.
 ALIGNMENT = 16
 
 
@@ -43,13 +45,8 @@ def sampled_outer(
 
 def turned(tensor: Tensor) -> Tensor:
     """Return a (tokens, n) tensor whose tokens lie side by side, each row of them aligned."""
-    tokens, n = tensor.shape
     aligned = tensor.stride(1) % ALIGNMENT == 0 and tensor.data_ptr() % 16 == 0
-    if tensor.stride(0) == 1 and aligned:
-        return tensor
-    held = triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT
-    rows = tensor.new_empty(n, held)[:, :tokens]
-    return rows.copy_(tensor.t()).t()
+    return tensor if tensor.stride(0) == 1 and aligned else aligned_tokens(tensor)
 
 
 @triton.jit(do_not_specialize=["k", "cols", "tokens"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft.kernels.outer import DenseOuter, LookupOuter
+from sft.kernels.outer import DenseOuter, LookupOuter, aligned_tokens, token_last
 
 
 @pytest.fixture(params=["dense", "lookup", "lookup of one row", "no tokens"])
@@ -45,6 +45,18 @@ def test_sums_are_taken_in_float32(dtype, make_pattern) -> None:
     for outer in (DenseOuter(ones, ones), LookupOuter(ids, ones, 2)):
         assert outer.at(pattern).dtype == outer.block(0, 2).dtype == torch.float32
         assert outer.at(pattern)[0] == outer.block(0, 2)[0, 0] == 1000
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 37])
+def test_tokens_lie_side_by_side_and_aligned_for_vectors(tokens) -> None:
+    there = token_last(torch.empty(tokens, 5, dtype=torch.bfloat16, device="meta"))
+    held = -(-tokens // 16) * 16
+    assert (there.dtype, there.shape, there.stride()) == (torch.bfloat16, (tokens, 5), (1, held))
+    tensor = torch.randn(tokens, 5)
+    assert torch.equal(aligned_tokens(tensor), tensor)
+    here = token_last(tensor.bfloat16())
+    assert here.dtype == torch.float32
+    assert here.t().is_contiguous()
 
 
 def test_a_lookup_is_no_dense_gradient(largest_tensor, make_pattern) -> None:
