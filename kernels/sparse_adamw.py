@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,7 +195,7 @@ def in_buckets_(
     reference_sums: bool,
 ) -> None:
     """Do what `sparse_adamw_` does in torch: small tensors joined, large ones in parts."""
-    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
     rows = zip(values, grads, exp_avgs, exp_avg_sqs, ages, strict=True)
     for bucket in buckets([list(row) for row in rows]):
         columns = [list(column) for column in zip(*bucket, strict=True)]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from sft.kernels.sm3 import Positions, sm3_, sm3_step_
 from sft.optim.base import ExactOptimizer
 from sft.optim.move import moved
-
-
-class Positions(NamedTuple):
-    """Where the entries of a vector of trained values lie in their matrix."""
-
-    rows: Tensor  # int64 (k,), in [0, o)
-    cols: Tensor  # int64 (k,), in [0, i)
-    shape: tuple[int, int]  # (o, i)
 
 
 class SM3(ExactOptimizer):
@@ -87,28 +80,35 @@ class SM3(ExactOptimizer):
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         options = {key: group[key] for key in ("momentum", "eps", "weight_decay")}
+        options["lr"] = float(group["lr"])
+        placed: list[tuple[Any, ...]] = []
         for param in params:
             assert param.grad is not None
             positions = self._positions(param)
-            state = self.state[param]
-            if not state:
-                sizes = positions.shape if positions else (param.shape or (1,))
-                for i, size in enumerate(sizes):
-                    state[f"accumulator_{i}"] = torch.zeros(
-                        size, dtype=torch.float32, device=param.device
-                    )
-            if group["momentum"] and "momentum" not in state:
-                zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-                state["momentum"] = zeros
-            sm3_step_(
-                param.detach(),
-                param.grad,
-                _accumulators(state),
-                state.get("momentum"),
-                positions=positions,
-                lr=float(group["lr"]),
-                **options,
-            )
+            state = self._state(param, positions, momentum=bool(group["momentum"]))
+            buffer = state.get("momentum")
+            entries = (param.detach(), param.grad, _accumulators(state), buffer)
+            if positions is None:
+                sm3_step_(*entries, **options)
+            else:
+                placed.append((*entries, positions))
+        if placed:
+            sm3_(*map(list, zip(*placed, strict=True)), **options)
+
+    def _state(
+        self, param: Tensor, positions: Positions | None, *, momentum: bool
+    ) -> dict[str, Any]:
+        """Return the state of a parameter, made where it is missing."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            sizes = positions.shape if positions else (param.shape or (1,))
+            for i, size in enumerate(sizes):
+                zeros = torch.zeros(size, dtype=torch.float32, device=param.device)
+                state[f"accumulator_{i}"] = zeros
+        if momentum and "momentum" not in state:
+            zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["momentum"] = zeros
+        return state
 
     def _positions(self, param: Tensor) -> Positions | None:
         found = self.positions(cast(nn.Parameter, param)) if self.positions else None
@@ -121,89 +121,5 @@ class SM3(ExactOptimizer):
         return found
 
 
-def sm3_step_(
-    value: Tensor,
-    grad: Tensor,
-    accumulators: Sequence[Tensor],
-    momentum_buffer: Tensor | None,
-    *,
-    positions: Positions | None = None,
-    lr: float,
-    momentum: float = 0.0,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Apply one SM3 update in place, of values at positions or of a dense tensor.
-
-        u = min(row[r], col[c]) + g^2
-        row[r] = max(row[r], max of u in row r);  col[c] likewise
-        s = g / sqrt(u + eps);  with momentum s = b = momentum b + (1 - momentum) s
-        value = (1 - lr wd) (value - lr s)
-
-    A dense tensor of n dimensions has n accumulators in the place of row and col.
-
-    Args:
-        value: floating, (k,) with positions, else any shape; below fp32 it is updated in fp32 and
-            rounded once.
-        grad: floating, shape of value.
-        accumulators: fp32, row (o,) and col (i,), or one (d,) per dimension; written.
-        momentum_buffer: b, fp32, shape of value; written; read only with momentum > 0.
-        positions: of the values in their (o, i) matrix; None = dense.
-        lr: learning rate.
-        momentum: see the equation.
-        eps: inside the root.
-        weight_decay: wd.
-
-    Papers: SM3-II of arXiv 1901.11150, which takes the maximum afresh at each step. Over a fixed
-    set of entries that is the same; keeping the old maximum, accumulators never decrease when
-    the set changes (SpIEL, arXiv 2401.16405).
-    """
-    work = value.to(torch.promote_types(value.dtype, torch.float32))
-    grad = grad.to(torch.float32)
-    covered = _cover_min(accumulators, positions, grad.shape).addcmul(grad, grad)
-    _cover_max_(accumulators, positions, covered)
-    update = grad * covered.add_(eps).rsqrt_()
-    if momentum:
-        assert momentum_buffer is not None
-        update = momentum_buffer.lerp_(update, 1 - momentum)
-    work.add_(update, alpha=-lr)
-    if weight_decay:
-        work.mul_(1 - lr * weight_decay)
-    if work is not value:
-        value.copy_(work)
-
-
 def _accumulators(state: dict[str, Any]) -> list[Tensor]:
     return [state[key] for key in sorted(state) if key.startswith("accumulator_")]
-
-
-def _cover_min(
-    accumulators: Sequence[Tensor], positions: Positions | None, shape: torch.Size
-) -> Tensor:
-    """Return the smallest accumulator over each entry, in the shape of the values."""
-    if positions:
-        row, col = accumulators
-        return torch.minimum(
-            row.index_select(0, positions.rows), col.index_select(0, positions.cols)
-        )
-    smallest = accumulators[0].view(-1, *[1] * (len(accumulators) - 1))
-    for dim, accumulator in enumerate(accumulators[1:], start=1):
-        sizes = [-1 if i == dim else 1 for i in range(len(accumulators))]
-        smallest = torch.minimum(smallest, accumulator.view(sizes))
-    return smallest.reshape(shape) if len(accumulators) == 1 else smallest
-
-
-def _cover_max_(
-    accumulators: Sequence[Tensor], positions: Positions | None, covered: Tensor
-) -> None:
-    """Raise each accumulator to the largest value that it covers."""
-    if positions:
-        for accumulator, at in zip(accumulators, positions[:2], strict=True):
-            accumulator.scatter_reduce_(0, at, covered, "amax")
-        return
-    covered = covered.view(-1) if len(accumulators) == 1 else covered
-    if not covered.numel():
-        return
-    for dim, accumulator in enumerate(accumulators):
-        others = [i for i in range(covered.dim()) if i != dim]
-        torch.maximum(accumulator, covered.amax(others) if others else covered, out=accumulator)

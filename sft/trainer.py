@@ -22,9 +22,10 @@ from sft.adapters.layer import sparse_layers
 from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
 from sft.identity import sparse_tuner
+from sft.kernels.sm3 import Positions
 from sft.mark_checkpoints import MarkCheckpoints
 from sft.optim.adamw import SparseAdamW
-from sft.optim.sm3 import SM3, Positions
+from sft.optim.sm3 import SM3
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.parameter_groups import split_groups
 from sft.stages import stage_ends, staged_scheduler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -43,7 +43,7 @@ def sparse_adamw_(
     for fit, chosen in _parted(columns[:5], max(beta1, beta2)):
         some = [[column[i] for i in chosen] if column else [] for column in columns]
         bounds = [taus[i] for i in chosen] if taus else []
-        run = _launch if fit else in_buckets_
+        run: Callable[..., None] = _launch if fit else in_buckets_
         run(*some[:5], *options, bounds, *some[5:], reference_sums)
 
 

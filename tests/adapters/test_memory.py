@@ -12,8 +12,9 @@ from torch import nn
 
 from sft.adapters.deltas.layer import DeltaLayer
 from sft.adapters.deltas.window import Window
+from sft.kernels.sm3 import Positions
 from sft.optim.adamw import SparseAdamW
-from sft.optim.sm3 import SM3, Positions
+from sft.optim.sm3 import SM3
 
 ROWS, COLS, K = 512, 768, 20_000
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "spiel.md"

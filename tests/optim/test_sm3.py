@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from sft.kernels.sm3 import Positions, sm3_step_
 from sft.optim.move import move_state
-from sft.optim.sm3 import SM3, Positions, sm3_step_
+from sft.optim.sm3 import SM3
 
 EPS = 1e-8
 
