@@ -2,65 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sft.kernels.cpu.displace import Item, coefficient, displace_on_cpu
-from sft.kernels.noise import MASK, TILE, Run, check_kind, fields, noise, tile_words
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Move the weights of small magnitude: |w| <= threshold, of the value that is read."""
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold: got {self.threshold!r}, allowed is a finite number >= 0")
-
-    def hide(self, moved: Tensor, weight: Tensor, run: Run, first: int) -> None:
-        """Zero what is subtracted from large weights."""
-        # passes what is strictly between the edges, in one pass over both
-        edge = _above(self.threshold, weight.dtype)
-        torch.ops.aten.hardtanh_backward.grad_input(moved, weight, -edge, edge, grad_input=moved)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Move a random part of the weights, the same for the same key.
-
-    Args:
-        key: 64 bits.
-        share: how much is moved, in (0, 1], as a multiple of 2^-16.
-    """
-
-    key: int
-    share: float
-
-    def __post_init__(self) -> None:
-        if not (0 < self.share <= 1 and self.limit):
-            raise ValueError(f"share: got {self.share!r}, allowed is [2**-16, 1]")
-
-    @property
-    def limit(self) -> int:
-        """A weight moves if its 16 random bits are below this."""
-        return round(self.share * 2**16)
-
-    def hide(self, moved: Tensor, weight: Tensor, run: Run, first: int) -> None:
-        """Zero what is subtracted from weights that were not drawn."""
-        words = tile_words(self.key, [run], "gaussian_table", MASK)
-        field = fields(words).view(-1)[first : first + len(moved)]
-        moved.masked_fill_(field >= self.limit, 0.0)
-
-
-Mask: TypeAlias = "Magnitude | Random"
+from sft.kernels.library import define, implementation
+from sft.kernels.mask import Mask, coded, decoded, mask_of
+from sft.kernels.noise import TILE, Run, check_kind, noise, signed, tile_words
 
 
 @dataclass(frozen=True)
@@ -117,15 +68,50 @@ def displace(
     decays = [0.0] * len(weights) if decays is None else decays
     masks = [None] * len(weights) if masks is None else masks
     starts = [0] * len(weights) if starts is None else starts
-    _check(weights, parameters, kind, decays, masks, out, drawn, starts)
-    items = list(map(Item, weights, out, parameters, decays, masks, starts))
-    if weights and weights[0].device.type != "cpu":
-        from sft.kernels.triton.displace import displace_on_device
-
-        displace_on_device(items, draws, kind)
+    check(weights, parameters, kind, decays, masks, out, drawn, starts)
+    if _plainly(weights):
+        items = list(map(Item, weights, out, parameters, decays, masks, starts))
+        displace_on_cpu(items, draws, kind, {} if drawn is None else drawn.words)
         return out
-    displace_on_cpu(items, draws, kind, {} if drawn is None else drawn.words)
+    keys, coefficients = [signed(key) for key, _ in draws], [float(c) for _, c in draws]
+    numbers = list(parameters), list(starts), list(decays)
+    DISPLACE(weights, out, *numbers, *coded(masks), keys, coefficients, kind)
     return out
+
+
+def _plainly(weights: Sequence[Tensor]) -> bool:
+    """Whether to leave the op out: it takes no words that were drawn ahead, and some time."""
+    if torch.compiler.is_compiling():
+        return False
+    return not weights or implementation(weights[0].device) == "torch"
+
+
+def _displace(
+    weights: list[Tensor],
+    out: list[Tensor],
+    parameters: list[int],
+    starts: list[int],
+    decays: list[float],
+    masks: list[int],
+    mask_keys: list[int],
+    limits: list[float],
+    keys: list[int],
+    coefficients: list[float],
+    kind: str,
+) -> None:
+    chosen = map(decoded, masks, mask_keys, limits)
+    items = list(map(Item, weights, out, parameters, decays, chosen, starts))
+    displace_on_cpu(items, list(zip(keys, coefficients, strict=True)), kind, {})
+
+
+DISPLACE = define(
+    "displace_(Tensor[] weights, Tensor(a!)[] out, int[] parameters, int[] starts, float[] decays, "
+    "int[] masks, int[] mask_keys, float[] limits, int[] keys, float[] coefficients, str kind)"
+    " -> ()",
+    plain=_displace,
+    triton="displace:displace_",
+    fake=lambda *arguments: None,
+)
 
 
 def draw_ahead(
@@ -154,7 +140,7 @@ def draw_ahead(
     return Drawn(kind, words)
 
 
-def _check(
+def check(
     weights: Sequence[Tensor],
     parameters: Sequence[int],
     kind: str,
@@ -164,6 +150,7 @@ def _check(
     drawn: Drawn | None,
     starts: Sequence[int],
 ) -> None:
+    """Refuse arguments of `displace` that do not fit each other."""
     check_kind(kind)
     if drawn is not None and drawn.kind != kind:
         raise ValueError(f"drawn: got words for {drawn.kind!r}, allowed is noise {kind!r}")
@@ -182,15 +169,6 @@ def _check(
 def _require(fits: bool, name: str, given: object, allowed: str) -> None:
     if not fits:
         raise ValueError(f"{name}: got {given}, allowed is {allowed}")
-
-
-def _above(threshold: float, dtype: torch.dtype) -> float:
-    """Return the smallest number of the dtype above a threshold."""
-    number = np.float64 if dtype == torch.float64 else np.float32
-    below = number(threshold)
-    if float(below) > threshold:  # numpy would round the threshold to the dtype first
-        below = np.nextafter(below, number(-math.inf))
-    return float(np.nextafter(below, number(math.inf)))
 
 
 def displace_reference(
@@ -213,13 +191,3 @@ def displace_reference(
         total += torch.tensor(decay, dtype=wide) * w
     moved = (w - total).to(weight.dtype).view(weight.shape)
     return moved if mask is None else torch.where(mask_of(weight, parameter, mask), moved, weight)
-
-
-def mask_of(weight: Tensor, parameter: int, mask: Mask) -> Tensor:
-    """Return a mask as booleans of the weight's shape: a byte a weight, for reports and tests."""
-    if isinstance(mask, Magnitude):
-        return weight.abs().double() <= mask.threshold
-    tiles = -(-weight.numel() // TILE)
-    words = tile_words(mask.key, [Run(parameter, 0, tiles)], "gaussian_table", MASK)
-    chosen = fields(words).view(-1)[: weight.numel()].view(weight.shape)
-    return (chosen < mask.limit).to(weight.device)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sft.kernels.displace import Mask, displace, displace_reference
+from sft.kernels.displace import displace, displace_reference
+from sft.kernels.library import define
+from sft.kernels.mask import Mask, coded, decoded
+from sft.kernels.noise import check_kind, signed
 
 
 @torch.no_grad()
@@ -33,26 +36,52 @@ def displace_rows(
     Returns:
         (u, d) in the dtype of `weight`.
 
-    A row that is not looked up has no part in the loss. Off the CPU the whole table is made, for a
-    moment. Source: the memory-efficient form of Sparse MeZO, arXiv 2402.15751.
+    A row that is not looked up has no part in the loss. Source: the memory-efficient form of
+    Sparse MeZO, arXiv 2402.15751.
     """
-    if weight.device.type != "cpu":
-        # a whole table takes a device less time than a launch for each row
-        return displace([weight], [parameter], draws, kind=kind, masks=[mask])[0][rows]
-    found = weight.index_select(0, rows)
+    check_kind(kind)
+    (chosen,), (mask_key,), (limit,) = coded([mask])
+    keys, coefficients = [signed(key) for key, _ in draws], [float(c) for _, c in draws]
+    found: Tensor = DISPLACE_ROWS(
+        weight, rows, parameter, chosen, mask_key, limit, keys, coefficients, kind
+    )
+    return found
+
+
+def _displace_rows(
+    weight: Tensor,
+    rows: Tensor,
+    parameter: int,
+    mask: int,
+    mask_key: int,
+    limit: float,
+    keys: list[int],
+    coefficients: list[float],
+    kind: str,
+) -> Tensor:
+    found = weight.index_select(0, rows).cpu()
     count, width = found.shape
     starts = [row * width for row in rows.tolist()]
     parts = list(found)
     displace(
         parts,
         [parameter] * count,
-        draws,
+        list(zip(keys, coefficients, strict=True)),
         kind=kind,
-        masks=[mask] * count,
+        masks=[decoded(mask, mask_key, limit)] * count,
         out=parts,
         starts=starts,
     )
-    return found
+    return found.to(weight.device)
+
+
+DISPLACE_ROWS = define(
+    "displace_rows(Tensor weight, Tensor rows, int parameter, int mask, int mask_key, "
+    "float limit, int[] keys, float[] coefficients, str kind) -> Tensor",
+    plain=_displace_rows,
+    triton="displace_at:displace_rows",
+    fake=lambda weight, rows, *rest: weight.new_empty(rows.shape[0], weight.shape[1]),
+)
 
 
 def displace_rows_reference(

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sft.kernels.library import define
 from sft.kernels.philox import BLOCK, Part, philox, philox_reference
 
 TILE = 4096
@@ -81,10 +82,14 @@ def noise(
     (d + 2) |g|^2. Unlike the authors' code, no generator is seeded and no order matters.
     """
     check_kind(kind)
-    if torch.device(device).type != "cpu":
-        from sft.kernels.triton.displace import noise_on_device
+    if torch.device(device).type == "cpu":
+        return _drawn(key, parameter, numel, kind, start)
+    out = torch.empty(numel, device=device)
+    NOISE_INTO(out, signed(key), parameter, start, kind)
+    return out
 
-        return noise_on_device(key, parameter, numel, kind, start, torch.device(device))
+
+def _drawn(key: int, parameter: int, numel: int, kind: str, start: int) -> Tensor:
     first, last = start // TILE, -(-(start + numel) // TILE)
     out = torch.empty(last - first, TILE)
     step = BLOCK // LAYOUTS[kind].counters
@@ -94,33 +99,80 @@ def noise(
     return out.view(-1)[start - first * TILE :][:numel]
 
 
+def _noise_into(out: Tensor, key: int, parameter: int, start: int, kind: str) -> None:
+    out.copy_(_drawn(key, parameter, out.numel(), kind, start))
+
+
+NOISE_INTO = define(
+    "noise_(Tensor(a!) out, int key, int parameter, int start, str kind) -> ()",
+    plain=_noise_into,
+    triton="displace:noise_",
+    fake=lambda out, key, parameter, start, kind: None,
+)
+
+
 def noise_at(key: int, parameter: int, positions: Tensor, *, kind: str) -> Tensor:
     """Return the noise of single weights: `noise(...)[positions]`, at the cost of those alone.
 
     Args:
         key: of the draw.
         parameter: number of the parameter.
-        positions: flat indices, any shape, any integer dtype, on the CPU.
+        positions: flat indices, any shape, any integer dtype.
         kind: one of `KINDS`.
 
     Returns:
-        float32 of the shape of `positions`.
+        float32 of the shape of `positions`, on their device.
     """
     check_kind(kind)
-    layout = LAYOUTS[kind]
-    flat = positions.reshape(-1).to(torch.int64).numpy()
-    tile, inside = np.divmod(flat, TILE)
-    field, word = np.divmod(inside, layout.words)
-    index = tile * layout.counters + word // 4
-    words = philox(_halves(key), _counters(index, parameter, NOISE))
+    found: Tensor = NOISE_AT(positions, signed(key), parameter, kind)
+    return found
+
+
+def _noise_at(positions: Tensor, key: int, parameter: int, kind: str) -> Tensor:
     if kind == "gaussian":
+        words, lane = _words_at(key, parameter, positions, kind, NOISE)
         wide = box_muller(torch.from_numpy(words.view(np.int32)))
-        chosen = wide[torch.arange(len(flat)), torch.from_numpy(word % 4)]
-        return chosen.view(positions.shape)
-    bits = words[np.arange(len(flat)), word % 4] >> (field * layout.bits).astype(np.uint32)
-    found = torch.from_numpy((bits & np.uint32(2**layout.bits - 1)).astype(np.int64))
-    z = 2.0 * found - 1.0 if kind == "rademacher" else normal_table()[found]
-    return z.float().view(positions.shape)
+        z = wide[torch.arange(len(lane)), torch.from_numpy(lane)]
+    else:
+        found = fields_at(key, parameter, positions, kind, NOISE).view(-1)
+        z = 2.0 * found - 1.0 if kind == "rademacher" else normal_table()[found]
+    return z.float().view(positions.shape).to(positions.device)
+
+
+NOISE_AT = define(
+    "noise_at(Tensor positions, int key, int parameter, str kind) -> Tensor",
+    plain=_noise_at,
+    triton="displace_at:noise_at",
+    fake=lambda positions, key, parameter, kind: torch.empty(
+        positions.shape, device=positions.device
+    ),
+)
+
+
+def fields_at(key: int, parameter: int, positions: Tensor, kind: str, stream: int) -> Tensor:
+    """Return the fields of single weights: int64 of the shape of `positions`, on the CPU."""
+    layout = LAYOUTS[kind]
+    words, lane = _words_at(key, parameter, positions, kind, stream)
+    field = _flat(positions) % TILE // layout.words
+    bits = words[np.arange(len(lane)), lane] >> (field * layout.bits).astype(np.uint32)
+    found = (bits & np.uint32(2**layout.bits - 1)).astype(np.int64)
+    return torch.from_numpy(found).view(positions.shape)
+
+
+def _words_at(
+    key: int, parameter: int, positions: Tensor, kind: str, stream: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Return the four words of each weight's counter, (n, 4), and which of them is its own."""
+    layout = LAYOUTS[kind]
+    tile, inside = np.divmod(_flat(positions), TILE)
+    word = inside % layout.words
+    index = tile * layout.counters + word // 4
+    return philox(_halves(key), _counters(index, parameter, stream)), word % 4
+
+
+def _flat(positions: Tensor) -> NDArray[np.int64]:
+    flat: NDArray[np.int64] = positions.reshape(-1).to("cpu", torch.int64).numpy()
+    return flat
 
 
 def check_kind(kind: str) -> None:
@@ -184,6 +236,12 @@ def blocks(runs: Sequence[Run], tiles: int) -> Iterator[list[Run]]:
                 block, free = [], tiles
     if block:
         yield block
+
+
+def signed(number: int, bits: int = 64) -> int:
+    """Return the integer of the same bits that ops and kernels take."""
+    half = 1 << bits - 1
+    return (number + half) % (2 * half) - half
 
 
 def _halves(key: int) -> tuple[int, int]:

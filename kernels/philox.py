@@ -34,7 +34,7 @@ def philox(key: tuple[int, int], counters: Sequence[Part], out: Words | None = N
 
     Paper: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """  # noqa: E501  (the equation on one line)
-    count = max(np.size(part) for part in counters)
+    count = max((np.size(part) for part in counters if np.ndim(part)), default=1)
     words = np.empty((count, 4), np.uint32) if out is None else out
     for first in range(0, count, BLOCK):
         block = [part if np.ndim(part) == 0 else part[first : first + BLOCK] for part in counters]  # type: ignore[index]

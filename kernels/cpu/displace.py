@@ -44,16 +44,19 @@ class Item(NamedTuple):
 def displace_on_cpu(
     items: list[Item], draws: Sequence[tuple[int, float]], kind: str, drawn: Words
 ) -> None:
-    """Move the contiguous tensors together, the others in small pieces that are copied."""
+    """Move the contiguous tensors together, the others in small pieces that are copied.
+
+    So are those of another device, for which there may be no kernel.
+    """
     flat: dict[torch.dtype, list[Item]] = {torch.float32: [], torch.float64: []}
     for item in items:
         wide = torch.promote_types(item.weight.dtype, torch.float32)
-        if item.weight.is_contiguous() and item.out.is_contiguous():
+        if all(t.is_contiguous() and t.device.type == "cpu" for t in (item.weight, item.out)):
             weight, out = item.weight.detach().view(-1), item.out.detach().view(-1)
             flat[wide].append(item._replace(weight=weight, out=out))
             continue
         for piece in _pieces(item):
-            weight = piece.weight.reshape(-1)
+            weight = piece.weight.cpu().reshape(-1)
             moved = torch.empty_like(weight)
             _Mover([piece._replace(weight=weight, out=moved)], draws, kind, drawn, wide).run()
             piece.out.copy_(moved.view(piece.out.shape))

@@ -1,4 +1,4 @@
-"""Noise in registers, by the layout of `sft.kernels.noise`: one program draws for one tile."""
+"""Noise in registers, by the layout of `sft.kernels.noise`: of a tile, a stretch, or anywhere."""
 
 from __future__ import annotations
 
@@ -31,6 +31,92 @@ def normals(
     first, second = _pair(a, b)
     third, fourth = _pair(c, d)
     return tl.reshape(_interleave(first, second, third, fourth), (1, TILE))
+
+
+@triton.jit
+def stretch(
+    key: tl.tensor,
+    parameter: tl.tensor,
+    stream: tl.tensor,
+    first: tl.tensor,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """(COUNT,) fields in int32, or normals, of the weights from `first`, a multiple of 4, on.
+
+    Four weights in a row share a counter, and are of one field.
+    """
+    start = first + tl.arange(0, COUNT // 4).to(tl.int64) * 4
+    a, b, c, d, field, _ = _words(key, parameter, stream, start, BITS, TILE)
+    if KIND == "gaussian":
+        a, b = _pair(a, b)
+        c, d = _pair(c, d)
+    else:
+        a, b = _field(a, field, BITS), _field(b, field, BITS)
+        c, d = _field(c, field, BITS), _field(d, field, BITS)
+    return tl.reshape(_interleave(a, b, c, d), (COUNT,))
+
+
+@triton.jit
+def anywhere(
+    key: tl.tensor,
+    parameter: tl.tensor,
+    stream: tl.tensor,
+    positions: tl.tensor,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """Fields in int32, or normals, of the weights at flat int64 positions: a counter for each."""
+    a, b, c, d, field, lane = _words(key, parameter, stream, positions, BITS, TILE)
+    first = lane < 2
+    even, odd = tl.where(first, a, c), tl.where(first, b, d)
+    if KIND == "gaussian":
+        cosine, sine = _pair(even, odd)
+        found = tl.where(lane % 2 == 0, cosine, sine)
+    else:
+        found = _field(tl.where(lane % 2 == 0, even, odd), field, BITS)
+    return found
+
+
+@triton.jit
+def scaled(
+    found: tl.tensor, c: tl.tensor, normals_ptr: tl.tensor, KIND: tl.constexpr, WIDE: tl.constexpr
+) -> tl.tensor:
+    """Return c z of fields or normals."""
+    if KIND == "rademacher":
+        z = tl.where(found != 0, c, -c)
+    elif KIND == "gaussian_table":
+        z = tl.load(normals_ptr + found).to(WIDE) * c
+    else:
+        z = found.to(WIDE) * c
+    return z
+
+
+@triton.jit
+def _words(
+    key: tl.tensor,
+    parameter: tl.tensor,
+    stream: tl.tensor,
+    positions: tl.tensor,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """Four words of the counter of each position, its field in them, and its own of the four."""
+    WORDS: tl.constexpr = TILE * BITS // 32
+    inside = (positions % TILE).to(tl.int32)
+    word = inside % WORDS
+    counter = positions // TILE * (WORDS // 4) + word // 4
+    low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(key, low, high, parameter, stream)
+    return a, b, c, d, inside // WORDS, word % 4
+
+
+@triton.jit
+def _field(word: tl.tensor, field: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    return ((word >> (field * BITS).to(tl.uint32)) & ((1 << BITS) - 1)).to(tl.int32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sft.kernels.displace import Magnitude, Mask, Random
+from sft.kernels.mask import Magnitude, Mask, Random
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.trained import Trained
 

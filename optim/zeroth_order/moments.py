@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sft.kernels.displace import Random, mask_of
+from sft.kernels.mask import Random, mask_of
 from sft.kernels.noise import MASK, TILE, Run, fields, noise, tile_words
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.rules import STATEFUL, adam_step, momentum_step

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sft.kernels.displace import Magnitude, Mask, Random
 from sft.kernels.magnitude_threshold import magnitude_threshold
+from sft.kernels.mask import Magnitude, Mask, Random
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.keys import mask_key, parameter_ids
 

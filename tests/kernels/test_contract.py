@@ -9,7 +9,7 @@ import pytest
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # Data types: what they compute is tested against dense products in test_outer.py, test_pattern.py.
-DATA_TYPES = {"library", "pattern", "outer"}
+DATA_TYPES = {"library", "pattern", "outer", "mask"}
 OPS = sorted(file.stem for file in KERNELS.glob("*.py") if file.stem not in DATA_TYPES)
 
 

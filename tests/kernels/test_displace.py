@@ -10,16 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft.kernels.displace import (
-    Drawn,
-    Magnitude,
-    Mask,
-    Random,
-    displace,
-    displace_reference,
-    draw_ahead,
-    mask_of,
-)
+from sft.kernels.displace import Drawn, displace, displace_reference, draw_ahead
+from sft.kernels.mask import Magnitude, Mask, Random, mask_of
 from sft.kernels.noise import KINDS, TILE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -250,3 +242,11 @@ def test_a_threshold_is_a_magnitude(threshold: float) -> None:
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(ValueError, match=r"share: got .*, allowed is"):
         Random(1, share)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tensors_on_a_gpu_have_the_same_bits() -> None:
+    weight, options = tensors(torch.bfloat16)[0], {"masks": [Random(3, 0.5)]}
+    found = displace([weight.cuda()], [1], DRAWS["three draws"], **options)[0]
+    assert same(found.cpu(), displace([weight], [1], DRAWS["three draws"], **options)[0])

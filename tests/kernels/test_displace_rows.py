@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sft.kernels.displace import Magnitude, Random, displace
+from sft.kernels.displace import displace
 from sft.kernels.displace_rows import displace_rows, displace_rows_reference
+from sft.kernels.mask import Magnitude, Random
 
 DRAWS = ((2**63 + 5, -1e-2), (7, 0.25))
 

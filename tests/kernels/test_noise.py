@@ -128,3 +128,8 @@ def test_no_value_of_the_table_is_near_a_rounding_boundary() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"noise: got 'normal', allowed is one of rademacher,"):
         noise(1, 2, 3, kind="normal")
+
+
+def test_the_table_is_exact_in_half_the_bytes() -> None:
+    """What a GPU looks up is bfloat16."""
+    assert torch.equal(normal_table().to(torch.bfloat16).float(), normal_table())

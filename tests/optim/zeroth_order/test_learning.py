@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sft.kernels.displace import Mask, displace
+from sft.kernels.displace import displace
+from sft.kernels.mask import Mask
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.estimate import projected_gradients
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer

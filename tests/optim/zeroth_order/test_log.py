@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sft.kernels.displace import Magnitude, Random
+from sft.kernels.mask import Magnitude, Random
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.header import config_of, describe, mask_of
 from sft.optim.zeroth_order.log import KEY, ZerothOrderLog

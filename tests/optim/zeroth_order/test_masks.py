@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sft.kernels.displace import Magnitude, Random, mask_of
+from sft.kernels.mask import Magnitude, Random, mask_of
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.trained import trained_set
 

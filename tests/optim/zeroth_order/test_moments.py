@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sft.kernels.displace import Random, mask_of
+from sft.kernels.mask import Random, mask_of
 from sft.kernels.noise import noise
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.optimizer import ZerothOrderOptimizer

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sft.kernels.displace import Magnitude, displace
+from sft.kernels.displace import displace
+from sft.kernels.mask import Magnitude
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.estimate import projected_gradients
 from sft.optim.zeroth_order.header import config_of, mask_of
