@@ -13,7 +13,14 @@ from torch.autograd.function import once_differentiable
 from sft.kernels.kept import Kept, form_of, keep, restore
 from sft.kernels.outer import DenseOuter
 from sft.kernels.pattern import Pattern
-from sft.kernels.sparse_linear import Site, as_autocast, check_stamp, linear, without_autocast
+from sft.kernels.sparse_linear import (
+    Site,
+    as_autocast,
+    check_stamp,
+    linear,
+    stamp_of,
+    without_autocast,
+)
 
 Scale = float | Tensor
 
@@ -108,7 +115,7 @@ class _Composed(torch.autograd.Function):
         trained = scale if isinstance(scale, Tensor) else None
         kept = keep(x, form) if any(ctx.needs_input_grad[1:5]) else (None, None)
         ctx.save_for_backward(*kept, a, b, values, trained)
-        ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        ctx.site, ctx.stamp, ctx.conv1d = site, stamp_of(site), conv1d
         ctx.scale = scale if trained is None else None
         out = _workspace.take(site.pattern.shape, x)
         weight = compose_weight(a, b, values, scale, site.pattern, conv1d=conv1d, out=out)

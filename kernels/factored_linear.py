@@ -18,6 +18,7 @@ from sft.kernels.sparse_linear import (
     as_autocast,
     check_stamp,
     linear,
+    stamp_of,
     times_delta,
     values_gradient,
 )
@@ -131,7 +132,7 @@ class _Factored(torch.autograd.Function):
         kept = shared.keep(x, form) if needs[1] or needs[3] else (None, None)
         ranks = low if needs[2] or needs[4] else None
         ctx.save_for_backward(*kept, ranks, a, b, values, weight, trained)
-        ctx.site, ctx.stamp, ctx.shared, ctx.conv1d = site, site.stamp, shared, conv1d
+        ctx.site, ctx.stamp, ctx.shared, ctx.conv1d = site, stamp_of(site), shared, conv1d
         ctx.scale = scale if trained is None else None
         return y
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class Pattern:
         indices: (k,) int32 or int64, ascending; position = row * cols + col < rows * cols.
         shape: (rows, cols) of the matrix as it is stored.
 
-    The CSR row pointers and columns are computed on first use and kept (4 bytes an entry).
+    The CSR row pointers and columns are computed on first use and kept (4 bytes an entry); a
+    compiled graph keeps nothing, and computes what was not there when it was compiled.
     """
 
     indices: Tensor
     shape: tuple[int, int]
+    _views: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -36,18 +38,32 @@ class Pattern:
         """Share of the matrix that the pattern covers."""
         return len(self) / max(1, self.shape[0] * self.shape[1])
 
-    @cached_property
+    @property
     def row_pointers(self) -> Tensor:
         """CSR row pointers: (rows + 1,), entry r is the number of positions above row r."""
+        return self._view("row_pointers", self._find_row_pointers)
+
+    @property
+    def columns(self) -> Tensor:
+        """CSR column of each position: (k,), the dtype of the row pointers."""
+        return self._view("columns", self._find_columns)
+
+    def _view(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        if name in self._views:
+            return self._views[name]
+        found = find()
+        if not torch.compiler.is_compiling():
+            self._views[name] = found
+        return found
+
+    def _find_row_pointers(self) -> Tensor:
         rows, cols = self.shape
         edges = torch.arange(rows + 1, device=self.indices.device) * cols
         pointers = torch.searchsorted(self.indices.long(), edges)
         return pointers.to(index_dtype(len(self)))
 
-    @cached_property
-    def columns(self) -> Tensor:
-        """CSR column of each position: (k,), the dtype of the row pointers."""
-        return (self.indices % self.shape[1]).to(self.row_pointers.dtype)
+    def _find_columns(self) -> Tensor:
+        return (self.indices % self.shape[1]).to(index_dtype(len(self)))
 
     def rows(self) -> Tensor:
         """Row of each position: (k,) int64, computed anew at each call."""
@@ -60,24 +76,21 @@ class Pattern:
             order: (k,) int32, slots of the positions, tile after tile, ascending within a tile.
             pointers: (tiles + 1,) int32, where each tile begins in `order`; tiles go row by row.
 
-        Kept for the last side asked for (4 bytes an entry).
+        Kept as the CSR view is (4 bytes an entry).
         """
-        if side not in self._tiles:
-            self._tiles.clear()
-            self._tiles[side] = self._sort_into_tiles(side)
-        return self._tiles[side]
+        tile = self._tile_of(side)
+        order = self._view(f"order {side}", lambda: tile().argsort(stable=True).to(torch.int32))
+        pointers = self._view(f"pointers {side}", lambda: self._tile_pointers(tile(), side))
+        return order, pointers
 
-    @cached_property
-    def _tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
-        return {}
+    def _tile_of(self, side: int) -> Callable[[], Tensor]:
+        across = -(-self.shape[1] // side)
+        return lambda: self.rows() // side * across + self.indices % self.shape[1] // side
 
-    def _sort_into_tiles(self, side: int) -> tuple[Tensor, Tensor]:
+    def _tile_pointers(self, tile: Tensor, side: int) -> Tensor:
         rows, cols = self.shape
-        across = -(-cols // side)
-        tile = self.rows() // side * across + self.columns.long() // side
-        tile, order = tile.sort(stable=True)
-        edges = torch.arange(-(-rows // side) * across + 1, device=tile.device)
-        return order.to(torch.int32), torch.searchsorted(tile, edges).to(torch.int32)
+        edges = torch.arange(-(-rows // side) * -(-cols // side) + 1, device=tile.device)
+        return torch.searchsorted(tile.sort().values, edges).to(torch.int32)
 
     def between(self, first_row: int, last_row: int) -> Tensor:
         """Positions in rows [first_row, last_row), counted from `first_row`: (j,) int64."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft.kernels.outer_at import wide_product, widen
-from sft.kernels.sparse_linear import as_autocast, check_stamp, linear, without_autocast
+from sft.kernels.sparse_linear import as_autocast, check_stamp, linear, stamp_of, without_autocast
 
 
 class SliceSite(Protocol):
@@ -102,7 +102,7 @@ class _ResidentSlice(torch.autograd.Function):
     ) -> Tensor:
         kept = _kept(x, site) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        ctx.site, ctx.stamp, ctx.conv1d, ctx.dtype = site, site.stamp, conv1d, values.dtype
+        ctx.site, ctx.stamp, ctx.conv1d, ctx.dtype = site, stamp_of(site), conv1d, values.dtype
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
 
     @staticmethod
@@ -126,7 +126,7 @@ class _Slice(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, site: SliceSite, out_features: int) -> Tensor:
         kept = _kept(x, site)
         ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, values)
-        ctx.site, ctx.stamp, ctx.in_features = site, site.stamp, x.shape[-1]
+        ctx.site, ctx.stamp, ctx.in_features = site, stamp_of(site), x.shape[-1]
         if site.side == "in":
             return _multiply(kept, values)
         return _scatter(_multiply(kept, values.t()), site, out_features)

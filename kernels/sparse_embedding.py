@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sft.kernels.outer import LookupOuter
 from sft.kernels.pattern import Pattern
-from sft.kernels.sparse_linear import Site, check_stamp
+from sft.kernels.sparse_linear import Site, check_stamp, stamp_of
 
 
 def resident_embedding(
@@ -60,7 +60,7 @@ class _ResidentEmbedding(torch.autograd.Function):
         ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, site: Site, padding_idx: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids, values)
-        ctx.site, ctx.stamp, ctx.padding_idx = site, site.stamp, padding_idx
+        ctx.site, ctx.stamp, ctx.padding_idx = site, stamp_of(site), padding_idx
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
@@ -75,7 +75,7 @@ class _DeltaEmbedding(torch.autograd.Function):
         ctx: Any, ids: Tensor, values: Tensor, site: Site, padding_idx: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids, values)
-        ctx.site, ctx.stamp, ctx.padding_idx = site, site.stamp, padding_idx
+        ctx.site, ctx.stamp, ctx.padding_idx = site, stamp_of(site), padding_idx
         return _delta_rows(ids, values, site.pattern)
 
     @staticmethod

@@ -119,7 +119,7 @@ class _ResidentLinear(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]
         kept = shared.keep(x, form) if ctx.needs_input_grad[3] else (None, None)
         ctx.save_for_backward(*kept, weight if needs_x else None, values)
-        ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        ctx.site, ctx.stamp, ctx.conv1d = site, stamp_of(site), conv1d
         ctx.shared = shared
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
 
@@ -152,7 +152,7 @@ class _DeltaLinear(torch.autograd.Function):
     ) -> Tensor:
         kept = shared.keep(x, form) if ctx.needs_input_grad[1] else (None, None)
         ctx.save_for_backward(*kept, values)
-        ctx.site, ctx.stamp, ctx.conv1d = site, site.stamp, conv1d
+        ctx.site, ctx.stamp, ctx.conv1d = site, stamp_of(site), conv1d
         ctx.shared = shared
         return times_delta(x, values, site.pattern, to_rows=not conv1d)
 
@@ -169,9 +169,18 @@ class _DeltaLinear(torch.autograd.Function):
         return dx, dvalues, None, None, None, None
 
 
+def stamp_of(site: Any) -> object:
+    """Return what names the content of a layer now; None in a graph that is being compiled.
+
+    A stamp changes with each update, and a graph that had read one would be compiled anew after
+    each. So a compiled backward does not check; the trainer writes weights between steps alone.
+    """
+    return None if torch.compiler.is_compiling() else site.stamp
+
+
 def check_stamp(ctx: Any) -> None:
     """Raise when the layer's content is not what the forward of `ctx` saw."""
-    if ctx.stamp != ctx.site.stamp:
+    if ctx.stamp is not None and ctx.stamp != ctx.site.stamp:
         raise RuntimeError(
             "backward: the sparse weight changed since this forward (an optimizer step, an adapter "
             "switch or a merge came between); run forward again before backward"
@@ -206,7 +215,8 @@ def values_gradient(ctx: Any, kept: Kept, grad: Tensor) -> Tensor:
     """
     site: Site = ctx.site
     grad = grad.reshape(-1, grad.shape[-1])
-    if not uses_sampled(site.pattern, grad.device):
+    # compiled, nothing is shared with graphs or layers beyond: the op turns its operands itself
+    if torch.compiler.is_compiling() or not uses_sampled(site.pattern, grad.device):
         x = restore(kept, grad.dtype)
         x = x.reshape(-1, x.shape[-1])
     else:
