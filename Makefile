@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick lint types conformance bench clean distclean
+.PHONY: help env quickstart test test-quick test-gpu lint types conformance bench clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,10 @@ test: lint types  ## ruff, mypy --strict, the whole suite
 test-quick: env  ## the suite without the tests marked slow
 	@echo "== tests: all but the slow ones"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+test-gpu: env  ## the cases of every kernel on this machine's GPU
+	@echo "== tests: kernels on the GPU"
+	@$(BIN)/python -m pytest tests/kernels -m gpu
 
 lint: env  ## ruff: rules and format
 	@$(PHASE) "ruff check" $(BIN)/ruff check .

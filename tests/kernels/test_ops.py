@@ -61,6 +61,12 @@ def test_a_launcher_takes_the_arguments_of_the_op(name: str) -> None:
     assert list(parameters) == [argument.name for argument in OPS[name]._schema.arguments]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_is_explained(name: str) -> None:
+    page = KERNELS.parent / "docs/kernels.md"
+    assert f"`{name}`" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("value", ["Triton", "", "cuda"])
 def test_an_unknown_choice_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFT_KERNELS", value)
