@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
 from sft.adapters.merging import MergeStack, announce, check_mergeable
 from sft.adapters.region import Region, Whole
-from sft.adapters.residency import Residence, Residency, obstacle
+from sft.adapters.residency import Due, Residence, Residency, obstacle
 from sft.adapters.support import fingerprint
 from sft.kernels.compose import compose
 from sft.kernels.pattern import Pattern
@@ -272,16 +272,15 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def settle(self) -> str | None:
         """Bring W to what the current mode asks for; return the adapter it holds, or None."""
-        present = self._present()
-        if not self._residency.enabled or self.disable_adapters or self.merged or len(present) != 1:
-            self._residency.restore()
+        return self._residency.settle(self.due())
+
+    def due(self) -> Due | None:
+        """Return what the current mode asks W to hold, or None: what was pre-trained."""
+        present, idle = self._present(), self.disable_adapters or self.merged
+        if not self._residency.enabled or idle or len(present) != 1:
             return None
         residence = self.residence(present[0])
-        if residence is None:
-            self._residency.restore()
-            return None
-        self._residency.write(present[0], residence)
-        return present[0]
+        return None if residence is None else Due(self._residency, present[0], residence)
 
     def sync(self, *, now: bool = True) -> None:
         """Write the trained values to W, now or in the next forward: they moved by any means."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sft.adapters.region import Region
+from sft.adapters.region import Positions, Region
 from sft.kernels.compose import compose
+from sft.kernels.write import Home, write_homes_
 
 Key = tuple[str, int, int]
 
@@ -43,33 +44,99 @@ class Residency:
         self._weight = weight
         self._reference = reference
         self._forced = 0
+        self._told = False
         self._region: Region | None = None
         self._stash: Tensor | None = None
 
     def write(self, name: str, residence: Residence) -> None:
         """Bring W to the effective weight of this adapter; nothing to do when it is there."""
-        region, values = residence
-        key = (name, values._version, self._forced)
-        if key == self.key and region is self._region:
+        if self.holds(name, residence):
             return
+        self.prepare(residence.region)
+        assert self._stash is not None
+        values = compose(self._stash, residence.values.detach(), reference=self._reference)
+        residence.region.write(self._weight(), values)
+        self._note(name, residence)
+
+    def settle(self, due: Due | None) -> str | None:
+        """Write what is due, or restore; return the adapter that W holds then, or None."""
+        if due is None:
+            self.restore()
+            return None
+        self.write(due.name, due.residence)
+        return due.name
+
+    def holds(self, name: str, residence: Residence) -> bool:
+        """Tell whether W is the effective weight of this adapter, as it is now."""
+        key = (name, residence.values._version, self._forced)
+        return key == self.key and residence.region is self._region
+
+    def prepare(self, region: Region) -> None:
+        """Stash what W holds in a region that is about to be written."""
         if self._region is not region or self.key is None:
             self.restore()
             self._region, self._stash = region, region.read(self._weight())
-        assert self._stash is not None
-        region.write(
-            self._weight(), compose(self._stash, values.detach(), reference=self._reference)
-        )
-        self.key = key
+
+    def home(self, region: Region) -> Home | None:
+        """Return where values of this region are to be written, by all layers at once.
+
+        None for another region than W holds, or one that is not of single weights.
+        """
+        if self._stash is None or region is not self._region or not isinstance(region, Positions):
+            return None
+        return Home(self._weight(), region.indices, self._stash, self._reference)
+
+    def wrote(self, name: str, residence: Residence) -> None:
+        """Take note of values that another has just written to `home`."""
+        self._note(name, residence)
+        self._told = True
+
+    def _note(self, name: str, residence: Residence) -> None:
+        self.key = (name, residence.values._version, self._forced)
+        self._told = False
 
     def restore(self) -> None:
         """Write the originals back; W is then the pre-trained weight, bit for bit."""
         if self._region is not None and self._stash is not None:
             self._region.write(self._weight(), self._stash)
         self.key = self._region = self._stash = None
+        self._told = False
 
     def invalidate(self) -> None:
-        """Make the next write happen even if the values' version counter did not move."""
-        self._forced += 1
+        """Make the next write happen even if the values' version counter did not move.
+
+        Once after `wrote`, the counter is relied on: the optimizer that wrote them raises it.
+        """
+        self._forced += not self._told
+        self._told = False
+
+
+class Due(NamedTuple):
+    """What W is to hold: an adapter's residence."""
+
+    residency: Residency
+    name: str
+    residence: Residence
+
+
+def write_all(due: Iterable[Due]) -> None:
+    """Do what `Residency.write` does for many layers; single weights of all of them in one op."""
+    together: dict[int, tuple[Due, Home]] = {}  # by weight: tied ones are written in turn
+    for one in due:
+        residency, name, residence = one
+        if residency.holds(name, residence):
+            continue
+        residency.prepare(residence.region)
+        home = residency.home(residence.region)
+        if home is None or home.weight.data_ptr() in together:
+            residency.write(name, residence)
+        else:
+            together[home.weight.data_ptr()] = (one, home)
+    pairs = list(together.values())
+    if pairs:
+        write_homes_([home for _, home in pairs], [one.residence.values for one, _ in pairs])
+    for one, _ in pairs:
+        one.residency._note(one.name, one.residence)
 
 
 def obstacle(base: nn.Module) -> str | None:

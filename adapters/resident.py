@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from sft.adapters.layer import sparse_layers
+from sft.adapters.layer import SparseLayer, sparse_layers
+from sft.adapters.residency import write_all
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,7 @@ def leave_resident(model: nn.Module) -> None:
 
 def sync_resident(model: nn.Module) -> None:
     """Write the trained values to the weights, after an optimizer step."""
-    for layer in sparse_layers(model).values():
-        layer.sync()
+    _sync(sparse_layers(model).values())
 
 
 @contextmanager
@@ -67,6 +67,22 @@ def resident(model: nn.Module) -> Iterator[nn.Module]:
 def _sync_stepped(model: nn.Module, optimizer: Optimizer, *_: Any) -> None:
     """Write what this optimizer moved: fused and 8-bit ones don't raise a tensor's version."""
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in sparse_layers(model).values():
-        if any(id(values) in moved for values in layer.trained_values.values()):
-            layer.sync()
+    _sync(
+        layer
+        for layer in sparse_layers(model).values()
+        if any(id(values) in moved for values in layer.trained_values.values())
+    )
+
+
+def _sync(layers: Iterable[SparseLayer]) -> None:
+    """Do what `SparseLayer.sync` does for all of them together."""
+    held = [layer for layer in layers if layer.content is not None]
+    due = []
+    for layer in held:
+        layer.sync(now=False)
+        wanted = layer.due()
+        if wanted is None:
+            layer.settle()
+        else:
+            due.append(wanted)
+    write_all(due)

@@ -21,6 +21,7 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.layer import sparse_layers
 from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
+from sft.homes import ResidentHomes
 from sft.identity import sparse_tuner
 from sft.kernels.sm3 import Positions
 from sft.mark_checkpoints import MarkCheckpoints
@@ -291,6 +292,8 @@ def method_optimizer(
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "reference": config.reference,
+        # updates in backward must not write weights that the rest of backward may read
+        "homes": None if wants_per_layer(tuner) else ResidentHomes(tuner),
     }
 
 
