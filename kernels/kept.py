@@ -61,10 +61,14 @@ def keep(x: Tensor, form: str) -> Kept:
         raise ValueError(f"saved_inputs: got {form!r}, allowed is one of {', '.join(FORMS)}")
     if form == "full" or (form == "bfloat16" and x.element_size() <= 2):
         return Kept(x, None)
-    key = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    key = _draw_key()
     if form == "bfloat16":
         return Kept(keep_bfloat16(x, key), None)
     return Kept(*keep_int8(x, key))
+
+
+def _draw_key() -> Tensor:
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def restore(kept: Kept, dtype: torch.dtype) -> Tensor:
@@ -76,7 +80,18 @@ def restore(kept: Kept, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype) if codes.dtype == torch.bfloat16 else codes
 
 
-def form_of(x: Tensor, trained: Tensor, wanted: str) -> str:
+def form_in(form: str, *, training: bool) -> str:
+    """Return the form that a layer asks for; without gradients draw a number all the same.
+
+    Reentrant checkpointing runs a layer without gradients at first, and later from the generator's
+    state then: if nothing moved the generator, all layers and steps would be given one key.
+    """
+    if form != "full" and training and not torch.is_grad_enabled():
+        _draw_key()
+    return form
+
+
+def form_of(x: Tensor, trained: Tensor, wanted: str, *, copied: bool = False) -> str:
     """Return in which form backward's input is kept; a custom function can't tell in its forward.
 
     In full where no backward comes, and where what made x keeps it for its own: to keep it in fewer
@@ -87,11 +102,12 @@ def form_of(x: Tensor, trained: Tensor, wanted: str) -> str:
         x: the input, as the function takes it.
         trained: what has a gradient by it.
         wanted: one of `FORMS`.
+        copied: backward needs a copy of a part, which nobody else keeps.
     """
     if wanted == "full" or not (torch.is_grad_enabled() and trained.requires_grad):
         return "full"
     # a tracer has no graph of gradients yet
-    if torch.compiler.is_compiling():
+    if copied or torch.compiler.is_compiling():
         return wanted
     owner = x if x._base is None else x._base
     kept = owner.grad_fn is not None and _keeps_its_result(type(owner.grad_fn))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.kept import Kept, form_of, restore
+from sft.kernels.outer import SharedInput, shared_input
 from sft.kernels.outer_at import wide_product, widen
 from sft.kernels.sparse_linear import as_autocast, check_stamp, linear, stamp_of, without_autocast
 
@@ -34,7 +36,14 @@ class SliceSite(Protocol):
 
 
 def resident_slice_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, site: SliceSite, *, conv1d: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    site: SliceSite,
+    *,
+    conv1d: bool,
+    saved_inputs: str = "full",
 ) -> Tensor:
     """Apply a linear layer whose `weight` already holds the effective weight.
 
@@ -53,6 +62,7 @@ def resident_slice_linear(
         values: (s, out) or (s, in) the trained deltas: read for their dtype alone.
         site: side, indices and content stamp of the layer.
         conv1d: the weight is stored transposed.
+        saved_inputs: in which form backward's part of x is saved; see `sft.kernels.kept`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
@@ -62,15 +72,19 @@ def resident_slice_linear(
 
     Yang et al., S2FT, arXiv 2412.06289. Their released code saves all of x.
     """
+    original = x
     x, bias = as_autocast(x), as_autocast(bias)
     if not torch.is_grad_enabled():
         # a function can't tell in its forward, and would copy its part of x for nothing
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
-    y: Tensor = _ResidentSlice.apply(x, weight, bias, values, site, conv1d)  # type: ignore[no-untyped-call]
+    shared, form = _saving(original, x, values, site, saved_inputs)
+    y: Tensor = _ResidentSlice.apply(x, weight, bias, values, site, shared, form, conv1d)  # type: ignore[no-untyped-call]
     return y
 
 
-def slice_linear(x: Tensor, values: Tensor, site: SliceSite, *, out_features: int) -> Tensor:
+def slice_linear(
+    x: Tensor, values: Tensor, site: SliceSite, *, out_features: int, saved_inputs: str = "full"
+) -> Tensor:
     """Return the contribution of the slice alone, for a weight that cannot be written.
 
     y = x[:, idx] P for side "in"; y[:, idx] = x P^T and 0 elsewhere for side "out". What is saved
@@ -81,11 +95,14 @@ def slice_linear(x: Tensor, values: Tensor, site: SliceSite, *, out_features: in
         values: (s, out) or (s, in) the trained deltas P.
         site: as for `resident_slice_linear`.
         out_features: number of outputs of the layer.
+        saved_inputs: as for `resident_slice_linear`.
 
     Returns:
         (..., out) in the dtype of x, or of the ambient autocast.
     """
-    y: Tensor = _Slice.apply(as_autocast(x), values, site, out_features)  # type: ignore[no-untyped-call]
+    original, x = x, as_autocast(x)
+    shared, form = _saving(original, x, values, site, saved_inputs)
+    y: Tensor = _Slice.apply(x, values, site, shared, form, out_features)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -98,53 +115,66 @@ class _ResidentSlice(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         site: SliceSite,
+        shared: SharedInput,
+        form: str,
         conv1d: bool,
     ) -> Tensor:
-        kept = _kept(x, site) if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
+        kept = shared.keep(_read(x, site), form) if ctx.needs_input_grad[3] else (None, None)
+        ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
         ctx.site, ctx.stamp, ctx.conv1d, ctx.dtype = site, stamp_of(site), conv1d, values.dtype
+        ctx.shared = shared  # which lives as long as a reader
         return linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        kept, weight = ctx.saved_tensors
+        codes, peaks, weight = ctx.saved_tensors
         dx = dvalues = dbias = None
         if weight is not None:
             weight = weight.to(grad.dtype)
             dx = grad @ (weight.t() if ctx.conv1d else weight)
-        if kept is not None:
-            dvalues = _values_grad(kept, grad, ctx.site).to(ctx.dtype)
+        if codes is not None:
+            dvalues = _values_grad(Kept(codes, peaks), grad, ctx.site).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             dbias = _tokens(grad).sum(0)
-        return dx, None, dbias, dvalues, None, None
+        return dx, None, dbias, dvalues, None, None, None, None
 
 
 class _Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, site: SliceSite, out_features: int) -> Tensor:
-        kept = _kept(x, site)
-        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, values)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        site: SliceSite,
+        shared: SharedInput,
+        form: str,
+        out_features: int,
+    ) -> Tensor:
+        read = _read(x, site)
+        kept = shared.keep(read, form) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*kept, values)
         ctx.site, ctx.stamp, ctx.in_features = site, stamp_of(site), x.shape[-1]
+        ctx.shared = shared
         if site.side == "in":
-            return _multiply(kept, values)
-        return _scatter(_multiply(kept, values.t()), site, out_features)
+            return _multiply(read, values)
+        return _scatter(_multiply(read, values.t()), site, out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_stamp(ctx)
-        kept, values = ctx.saved_tensors
+        codes, peaks, values = ctx.saved_tensors
         site: SliceSite = ctx.site
         dx = dvalues = None
         if ctx.needs_input_grad[0] and site.side == "in":
             dx = _scatter(_multiply(grad, values.t()), site, ctx.in_features)
         elif ctx.needs_input_grad[0]:
             dx = _multiply(select(grad, site), values)
-        if kept is not None:
-            dvalues = _values_grad(kept, grad, site).to(values.dtype)
-        return dx, dvalues, None, None
+        if codes is not None:
+            dvalues = _values_grad(Kept(codes, peaks), grad, site).to(values.dtype)
+        return dx, dvalues, None, None, None, None
 
 
 def select(tensor: Tensor, site: SliceSite) -> Tensor:
@@ -159,14 +189,32 @@ def select(tensor: Tensor, site: SliceSite) -> Tensor:
     return tensor.index_select(-1, site.indices)
 
 
-def _kept(x: Tensor, site: SliceSite) -> Tensor:
+def _read(x: Tensor, site: SliceSite) -> Tensor:
     """What backward needs of x."""
     return select(x, site) if site.side == "in" else x
 
 
-def _values_grad(kept: Tensor, grad: Tensor, site: SliceSite) -> Tensor:
+def _saving(
+    original: Tensor, x: Tensor, values: Tensor, site: SliceSite, wanted: str
+) -> tuple[SharedInput, str]:
+    """Return who shares what backward needs of x, and in which form it is kept.
+
+    Args:
+        original: the input as it was given, before any cast.
+        x: the input.
+        values: the trained values.
+        site: what is read of x: all of it is read by many, a part is a copy of its own.
+        wanted: the form asked for.
+    """
+    alone = site.side == "in" or torch.compiler.is_compiling()
+    form = form_of(x, values, wanted, copied=site.side == "in")
+    return SharedInput() if alone or form == "full" else shared_input(original, x.dtype), form
+
+
+def _values_grad(kept: Kept, grad: Tensor, site: SliceSite) -> Tensor:
     """Gradient of the slice: (s, out) or (s, in), float32 or wider."""
-    left, right = (kept, grad) if site.side == "in" else (select(grad, site), kept)
+    read = restore(kept, grad.dtype)
+    left, right = (read, grad) if site.side == "in" else (select(grad, site), read)
     left, right = _tokens(left), _tokens(right)
     with without_autocast(left):
         return wide_product(left, right)

@@ -83,6 +83,8 @@ def backward_only(config: Any) -> dict[str, str]:
     found = dict(getattr(config, "backward_only", {}))
     if getattr(config, "optimizer", "auto") not in ("auto", "trainer"):
         found["optimizer"] = "auto"
+    if getattr(config, "saved_inputs", "full") != "full":
+        found["saved_inputs"] = "full"
     return found
 
 

@@ -18,6 +18,7 @@ from sft.adapters.support import (
     check_values,
     fingerprint,
 )
+from sft.kernels.kept import form_in
 from sft.kernels.pattern import Pattern
 from sft.kernels.sparse_embedding import delta_embedding, resident_embedding
 from sft.kernels.sparse_linear import delta_linear, resident_linear
@@ -111,7 +112,8 @@ class DeltaLayer(SparseLayer):
         base, values, site = self.get_base_layer(), self.delta_values[name], self._ready(name)
         if self.kind is Kind.EMBEDDING:
             return resident_embedding(x, base.weight, values, site, base.padding_idx)
-        conv1d, form = self.kind is Kind.CONV1D, site.saved_inputs
+        conv1d = self.kind is Kind.CONV1D
+        form = form_in(site.saved_inputs, training=self.training)
         return resident_linear(
             x, base.weight, base.bias, values, site, conv1d=conv1d, saved_inputs=form
         )
@@ -123,7 +125,8 @@ class DeltaLayer(SparseLayer):
             y = delta_embedding(x, values, site, self.get_base_layer().padding_idx)
             scale = self._get_embed_scale()
             return y if scale is None else y * scale.to(y.dtype)
-        conv1d, form = self.kind is Kind.CONV1D, site.saved_inputs
+        conv1d = self.kind is Kind.CONV1D
+        form = form_in(site.saved_inputs, training=self.training)
         return delta_linear(x, values, site, conv1d=conv1d, saved_inputs=form)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -24,6 +24,7 @@ from sft.adapters.support import (
 )
 from sft.kernels.composed_linear import compose_weight, composed_linear
 from sft.kernels.factored_linear import Scale, factored_is_faster, factored_linear
+from sft.kernels.kept import form_in
 from sft.kernels.pattern import Pattern
 
 
@@ -126,7 +127,8 @@ class SLTrainLinear(SparseLayer):
     def resident_forward(self, x: Tensor, name: str) -> Tensor:
         """Apply the layer while W holds the sparse part."""
         base, site = self.get_base_layer(), self._ready(name)
-        conv1d, form = self.kind is Kind.CONV1D, self._settings[name].saved_inputs
+        conv1d = self.kind is Kind.CONV1D
+        form = form_in(self._settings[name].saved_inputs, training=self.training)
         return factored_linear(
             x,
             *self._parts(name),
@@ -150,8 +152,8 @@ class SLTrainLinear(SparseLayer):
             fast = factored_is_faster(shape, tokens, rank, values.numel(), x.device)
             kernel = "factored" if fast else "compose"
         op = factored_linear if kernel == "factored" else composed_linear
-        conv1d, form = self.kind is Kind.CONV1D, self._settings[name].saved_inputs
-        site = self._ready(name)
+        conv1d, site = self.kind is Kind.CONV1D, self._ready(name)
+        form = form_in(self._settings[name].saved_inputs, training=self.training)
         return op(x, a, b, values, scale, site, bias=bias, conv1d=conv1d, saved_inputs=form)
 
     def merge_region(self, name: str) -> Region:

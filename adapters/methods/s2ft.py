@@ -37,6 +37,7 @@ from sft.adapters.slices.selection import (
 from sft.adapters.slices.targets import excluded_features, target_groups
 from sft.adapters.slices.tuner import Chosen, SliceTuner
 from sft.adapters.slices.units import ATTENTION_UNITS, CONSUMERS, LOOSE, ROLES, UnitGroup
+from sft.kernels.kept import FORMS
 
 DEFAULT_DENSITY = 0.02
 LAYOUTS = ("index", "permuted")
@@ -74,6 +75,9 @@ class S2FTConfig(PeftConfig):  # type: ignore[misc]
         exclude: folders of saved S2FT adapters whose units are left to them.
         optimizer: "trainer" (what TrainingArguments.optim names), "adamw" (per-entry age), "sm3",
             or "auto": the Trainer's.
+        saved_inputs: how the inputs that trained weights' gradients need are kept for backward:
+            "full", or in fewer bits and rounded without bias as "bfloat16" or "int8". Of consumers
+            these are few; producers need all of theirs.
         seed: seeds random selections, together with the group's name.
         init_weights: start the deltas at 0 (False: random, for tests).
     """
@@ -94,6 +98,7 @@ class S2FTConfig(PeftConfig):  # type: ignore[misc]
     layout: str = "index"
     exclude: list[str] | None = None
     optimizer: str = "auto"
+    saved_inputs: str = "full"
     seed: int = 0
     init_weights: bool = field(default=True, repr=False)
 
@@ -195,6 +200,7 @@ _CHOICES = {
     "selection_order": ORDERS,
     "layout": LAYOUTS,
     "optimizer": OPTIMIZERS,
+    "saved_inputs": FORMS,
 }
 
 
@@ -280,7 +286,7 @@ class S2FTModel(SliceTuner):
         allowed = "none: modules trained densely have no sum; add adapters without them"
         require("modules_to_save", sorted(dense), not dense, allowed)
         layers = [layer for layer in self.model.modules() if isinstance(layer, SliceLinear)]
-        fuse(layers, adapters, weights, adapter_name)
+        fuse(layers, adapters, weights, adapter_name, saved_inputs=configs[0].saved_inputs)
         carried = self.adapted_layers(adapter_name)
         self.set_groups(adapter_name, [], moved=False)
         self.peft_config[adapter_name] = replace(

@@ -13,6 +13,7 @@ from sft.adapters.region import ExpertLines, Region
 from sft.adapters.slices.layer import SliceLinear
 from sft.adapters.slices.permuted import PermutedUnits
 from sft.adapters.slices.site import SliceSite
+from sft.kernels.kept import form_in
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear
 from sft.kernels.sparse_linear import linear
 
@@ -105,15 +106,22 @@ class SliceExperts(SliceLinear):
         bias = base.down_proj_bias[expert] if base.has_bias else None
         if held is not None and len(slices[held][expert].indices):
             own = slices[held][expert]
-            y = resident_slice_linear(h, weight, bias, own.values, own, conv1d=conv1d)
+            y = resident_slice_linear(
+                h, weight, bias, own.values, own, conv1d=conv1d, saved_inputs=self._form(own)
+            )
         else:
             y = linear(h, weight, bias, conv1d=conv1d)
         for own in (each[expert] for each in slices.values() if held is None):
             if len(own.indices):
-                y = y + slice_linear(h, own.values, own, out_features=self.out_features).to(y.dtype)
+                form, count = self._form(own), self.out_features
+                added = slice_linear(h, own.values, own, out_features=count, saved_inputs=form)
+                y = y + added.to(y.dtype)
         if base.has_post_expert_norm:
             y = base.post_expert_norm(y)
         return y
+
+    def _form(self, own: _Slice) -> str:
+        return form_in(own.site.saved_inputs, training=self.training)
 
     def _slices(self, name: str) -> list[_Slice]:
         """Return what each expert trains."""

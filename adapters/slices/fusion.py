@@ -11,7 +11,12 @@ from sft.adapters.slices.layer import SliceLinear
 
 
 def fuse(
-    layers: Iterable[SliceLinear], adapters: Sequence[str], weights: Sequence[float], name: str
+    layers: Iterable[SliceLinear],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    *,
+    saved_inputs: str = "full",
 ) -> None:
     """Give each layer that carries one of the adapters a new one: the weighted sum of them.
 
@@ -20,6 +25,7 @@ def fuse(
         adapters: what is summed.
         weights: a factor for each.
         name: the new adapter.
+        saved_inputs: in which form its inputs are kept; see `sft.kernels.kept`.
     """
     for layer in layers:
         parts = [
@@ -29,7 +35,7 @@ def fuse(
         ]
         if parts:
             features, values = add_slices(parts)
-            layer.add_adapter(name, features)
+            layer.add_adapter(name, features, saved_inputs=saved_inputs)
             layer.replace_slice(name, features, values)
 
 

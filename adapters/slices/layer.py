@@ -15,6 +15,7 @@ from sft.adapters.residency import Residence
 from sft.adapters.slices.permuted import PermutedUnits
 from sft.adapters.slices.site import SliceSite
 from sft.adapters.support import check_base, check_indices, check_values
+from sft.kernels.kept import form_in
 from sft.kernels.lines import write_lines_
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear
 
@@ -51,16 +52,24 @@ class SliceLinear(SparseLayer):
         self.axis = int((side == "in") == (self.kind is Kind.LINEAR))
         self._sites: dict[str, SliceSite] = {}
 
-    def add_adapter(self, name: str, features: Tensor, *, inference_mode: bool = False) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        features: Tensor,
+        *,
+        saved_inputs: str = "full",
+        inference_mode: bool = False,
+    ) -> None:
         """Give this layer an adapter with zero deltas.
 
         Args:
             name: the adapter.
             features: (s,) distinct ascending features; on the meta device, so are the deltas.
+            saved_inputs: in which form backward's inputs are kept; see `sft.kernels.kept`.
             inference_mode: leave the deltas frozen.
         """
         self.permuted.restore()
-        self._sites[name] = SliceSite(self, name)
+        self._sites[name] = SliceSite(self, name, saved_inputs)
         values = torch.zeros(
             len(features), self._line, dtype=self.trained_dtype(), device=features.device
         )
@@ -103,8 +112,9 @@ class SliceLinear(SparseLayer):
 
     def aside(self, x: Tensor, name: str) -> Tensor:
         """Return x[:, idx] P, or x P^T at the outputs idx."""
-        site = self._ready(name)
-        return slice_linear(x, self.s2ft_values[name], site, out_features=self.out_features)
+        site, values = self._ready(name), self.s2ft_values[name]
+        form = form_in(site.saved_inputs, training=self.training)
+        return slice_linear(x, values, site, out_features=self.out_features, saved_inputs=form)
 
     def lines(self, indices: Tensor) -> Region:
         """Return where features lie in the stored weight."""
@@ -118,7 +128,10 @@ class SliceLinear(SparseLayer):
         """Apply the one GEMM; backward reaches the slice alone."""
         base, values, site = self.get_base_layer(), self.s2ft_values[name], self._ready(name)
         conv1d = self.kind is Kind.CONV1D
-        return resident_slice_linear(x, base.weight, base.bias, values, site, conv1d=conv1d)
+        form = form_in(site.saved_inputs, training=self.training)
+        return resident_slice_linear(
+            x, base.weight, base.bias, values, site, conv1d=conv1d, saved_inputs=form
+        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the dense delta of an adapter, in the stored shape of W."""

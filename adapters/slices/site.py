@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sft.adapters.region import Region
@@ -18,9 +19,11 @@ class SliceSite:
     Args:
         layer: the layer.
         name: the adapter.
+        saved_inputs: in which form backward's inputs are kept; see `sft.kernels.kept`.
     """
 
-    def __init__(self, layer: SliceLinear, name: str) -> None:
+    def __init__(self, layer: SliceLinear, name: str, saved_inputs: str = "full") -> None:
+        self.saved_inputs = saved_inputs
         self._layer = layer
         self._name = name
         self._key: tuple[Tensor, int, Tensor | None] | None = None
@@ -70,7 +73,10 @@ class SliceSite:
 
     def _is_known(self, own: Tensor, places: Tensor | None) -> bool:
         key = self._key
-        return key is not None and key[0] is own and key[1] == own._version and key[2] is places
+        if key is None or key[0] is not own or key[2] is not places:
+            return False
+        # a version read in a compiled graph is data; what writes to indices settles the layer after
+        return torch.compiler.is_compiling() or key[1] == own._version
 
 
 def _run(indices: Tensor) -> int | None:

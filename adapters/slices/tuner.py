@@ -95,7 +95,12 @@ class SliceTuner(SparseTuner):
             features = chosen[name].to("meta") if on_meta else chosen[name]
             if pending:
                 layer.pending.add(adapter)
-            layer.add_adapter(adapter, features, inference_mode=config.inference_mode)
+            layer.add_adapter(
+                adapter,
+                features,
+                saved_inputs=config.saved_inputs,
+                inference_mode=config.inference_mode,
+            )
             if not config.init_weights and not on_meta:
                 values = layer.s2ft_values[adapter]
                 values.data = torch.randn_like(values)

@@ -17,6 +17,7 @@ from sft.kernels import kept, outer
 from sft.kernels.composed_linear import composed_linear
 from sft.kernels.factored_linear import factored_linear
 from sft.kernels.kept import keep, restore
+from sft.kernels.slice_linear import resident_slice_linear, slice_linear
 from sft.kernels.sparse_linear import delta_linear, resident_linear
 
 IN, OUT, K, RANK = 48, 40, 30, 3
@@ -43,15 +44,45 @@ def composed(x: Tensor, part: dict[str, Tensor], site: Any, form: str) -> Tensor
     return composed_linear(x, part["a"], part["b"], part["values"], 0.5, site, saved_inputs=form)
 
 
+class Slice:
+    """Some inputs or outputs of a layer."""
+
+    start, stamp = None, 0
+
+    def __init__(self, side: str) -> None:
+        self.side, self.indices = side, torch.tensor([1, 5, 6, 30])
+
+
+def sliced_in(x: Tensor, part: dict[str, Tensor], _: Any, form: str) -> Tensor:
+    return slice_linear(x, part["columns"], Slice("in"), out_features=OUT, saved_inputs=form)
+
+
+def sliced_out(x: Tensor, part: dict[str, Tensor], _: Any, form: str) -> Tensor:
+    return slice_linear(x, part["rows"], Slice("out"), out_features=OUT, saved_inputs=form)
+
+
+def resident_out(x: Tensor, part: dict[str, Tensor], _: Any, form: str) -> Tensor:
+    return resident_slice_linear(
+        x, part["weight"], None, part["rows"], Slice("out"), conv1d=False, saved_inputs=form
+    )
+
+
 LAYERS = {f.__name__: f for f in (resident, delta, factored, composed)}
+SLICES = {f.__name__: f for f in (sliced_in, sliced_out, resident_out)}
 
 
 def parts(layer: Layer) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    made = {"weight": torch.randn(OUT, IN), "values": torch.randn(K).requires_grad_()}
+    made = {"weight": torch.randn(OUT, IN)}
+    if layer.__name__ in LAYERS:
+        made["values"] = torch.randn(K).requires_grad_()
     if layer in (factored, composed):
         made["a"] = torch.randn(RANK, IN).requires_grad_()
         made["b"] = torch.randn(OUT, RANK).requires_grad_()
+    if layer is sliced_in:
+        made["columns"] = torch.randn(4, OUT).requires_grad_()
+    if layer in (sliced_out, resident_out):
+        made["rows"] = torch.randn(4, IN).requires_grad_()
     return made
 
 
@@ -98,6 +129,39 @@ def test_gradients_are_those_of_the_restored_input(
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", SLICES.values(), ids=SLICES)
+def test_gradients_of_slices_are_those_of_the_restored_input(layer: Layer, form: str) -> None:
+    x, seed = torch.randn(2, 32, IN), torch.randn(2, 32, OUT)
+    read = x[..., Slice("in").indices] if layer is sliced_in else x
+    torch.manual_seed(5)
+    close = x.clone()
+    restored = restore(keep(read, form), torch.float32)
+    if layer is sliced_in:
+        close[..., Slice("in").indices] = restored
+    else:
+        close = restored
+    found = {}
+    for name, given, how in (("kept", x, form), ("wanted", close, "full"), ("full", x, "full")):
+        part = parts(layer)
+        torch.manual_seed(5)
+        layer(given, part, None, how).backward(seed)
+        (values,) = trained(part).values()
+        found[name] = values.grad
+    torch.testing.assert_close(found["kept"], found["wanted"], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found["kept"], found["full"])
+
+
+@pytest.mark.parametrize("layer", SLICES.values(), ids=SLICES)
+def test_of_a_slice_its_inputs_alone_are_saved_and_in_few_bits(layer: Layer) -> None:
+    x, part, saved = torch.randn(64, IN), parts(layer), []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x * 2, part, None, "int8")
+    (codes,) = (t for t in saved if t.dtype == torch.int8)
+    assert codes.numel() == 64 * (4 if layer is sliced_in else IN)
+    assert not [t for t in saved if t.dtype == torch.float32 and len(t) == 64]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_the_input_itself_is_not_saved(layer: Layer, form: str, site: Any) -> None:
     x, part, saved = torch.randn(64, IN), parts(layer), []
@@ -107,7 +171,9 @@ def test_the_input_itself_is_not_saved(layer: Layer, form: str, site: Any) -> No
     assert sizes == [x.numel() * {"int8": 1, "bfloat16": 2}[form]]
 
 
-@pytest.mark.parametrize("layer", [resident, factored], ids=["resident", "factored"])
+@pytest.mark.parametrize(
+    "layer", [resident, factored, sliced_out], ids=["resident", "factored", "sliced_out"]
+)
 def test_readers_of_one_input_share_one_copy(
     layer: Layer, site: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +188,8 @@ def test_readers_of_one_input_share_one_copy(
     assert len({t.data_ptr() for t in saved if t.dtype == torch.int8}) == 2
     sum(y.square().sum() for y in outputs).backward()
     for part in readers[1:]:
-        assert torch.equal(part["values"].grad, readers[0]["values"].grad)
+        for name, value in trained(part).items():
+            assert torch.equal(value.grad, readers[0][name].grad)
     assert other.requires_grad
 
 
@@ -218,7 +285,7 @@ def test_without_gradients_nothing_is_rounded_or_drawn(
 ) -> None:
     monkeypatch.setattr(kept, "keep_int8", None)
     x, state = torch.randn(8, IN), torch.get_rng_state()
-    for layer in LAYERS.values():
+    for layer in (LAYERS | SLICES).values():
         with torch.no_grad():
             layer(x, parts(layer), site, "int8")
             torch.set_rng_state(state)

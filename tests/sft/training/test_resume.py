@@ -35,6 +35,7 @@ RUNS = {
     ),
     "reference": ({"reference": True}, (INSIDE, RESELECTION)),
     "dropout": ({"dropout": 0.2}, (INSIDE,)),
+    "inputs-in-int8": ({"saved_inputs": "int8"}, (EARLY, INSIDE, LATE)),
 }
 
 

@@ -228,6 +228,10 @@ def gated(lab):
     return get_peft_model(lab.base(), config)
 
 
+def kept(lab):
+    return lab.adapted(growth="none", saved_inputs="int8")
+
+
 def compiled(lab):
     model = lab.base()
     model.model.layers[0].compile(backend="eager")
@@ -236,6 +240,7 @@ def compiled(lab):
 
 REFUSED = [
     (gated, {}, r"strength: got 0\.1 in adapter 'default', which needs gradients; set 0"),
+    (kept, {}, r"saved_inputs: got 'int8' in adapter 'default', which needs gradients; set full"),
     (compiled, {}, r"model: is compiled, .* mode='inplace'"),
     (None, {"optim": "sgd"}, r"optim: got .*sgd.*, of an optimizer of gradients; leave it out, "),
     (None, {"optim_args": "eps=1"}, r"optim_args: got 'eps=1', of an optimizer of gradients"),
