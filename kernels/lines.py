@@ -15,10 +15,13 @@ def read_lines(weight: Tensor, indices: Tensor, axis: int) -> Tensor:
         axis: 0 or 1.
 
     Returns:
-        (s, cols) or (s, rows): a contiguous copy, a line for each index.
+        (s, cols) or (s, rows): a copy, a line for each index. It lies as the weight does: what is
+        next to one another there is so here, and neither reading nor writing back jumps.
     """
-    lines = weight.detach() if axis == 0 else weight.detach().t()
-    return lines.index_select(0, indices)
+    across = _across(weight.detach(), axis)
+    if across is None:
+        return weight.detach().movedim(axis, 0).index_select(0, indices)
+    return across.index_select(1, indices).t()
 
 
 def write_lines_(weight: Tensor, indices: Tensor, axis: int, values: Tensor) -> None:
@@ -39,8 +42,18 @@ def write_lines_(weight: Tensor, indices: Tensor, axis: int, values: Tensor) -> 
     """
     if values.dtype != weight.dtype:
         raise ValueError(f"values: got {values.dtype}, the weight is {weight.dtype}; cast first")
-    source = values.detach() if axis == 0 else values.detach().t()
-    weight.data.index_copy_(axis, indices.long(), source)
+    across, values = _across(weight.data, axis), values.detach()
+    if across is None:
+        weight.data.movedim(axis, 0).index_copy_(0, indices.long(), values)
+    else:
+        # a pass along the weight's own rows costs half of one along its columns
+        across.index_copy_(1, indices.long(), values.t().contiguous())
+
+
+def _across(weight: Tensor, axis: int) -> Tensor | None:
+    """Return the weight with its lines as columns of contiguous rows, where they lie so."""
+    crossed = weight if axis == 1 else weight.t()
+    return crossed if crossed.is_contiguous() else None
 
 
 def lines_reference(weight: Tensor, indices: Tensor, axis: int) -> Tensor:

@@ -19,12 +19,22 @@ def test_equals_the_oracle(weight, axis, transposed, index_dtype) -> None:
     indices = torch.tensor([3, 0, 4], dtype=index_dtype)
     found = read_lines(weight, indices, axis)
     assert torch.equal(found, lines_reference(weight, indices, axis))
-    assert found.is_contiguous()
     values, expected = torch.randn_like(found), weight.clone()
     write_lines_(weight, indices, axis, values)
     for line, value in zip(indices.tolist(), values, strict=True):
         expected.select(axis, line).copy_(value)
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_copy_lies_as_the_weight_does(axis, transposed) -> None:
+    """So that it is read, composed and written back without jumping from row to row."""
+    weight = torch.randn(50, 70).t() if transposed else torch.randn(50, 70)
+    found = read_lines(weight, torch.tensor([2, 7]), axis)
+    assert (found if axis == transposed else found.t()).is_contiguous()
+    values = torch.randn(found.shape)
+    assert (found + values).stride() == found.stride()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
