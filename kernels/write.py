@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from sft.kernels.compose import compose
-from sft.kernels.library import define
+from sft.kernels.library import define, implementation
 
 
 class Home(NamedTuple):
@@ -76,7 +76,10 @@ def write_homes_(homes: Sequence[Home], values: Sequence[Tensor]) -> None:
     for reference in (False, True):
         some = [p for p in zip(homes, values, strict=True) if p[0].reference == reference]
         if some:
-            _write_many_(
+            # no one traces what follows an update, and long lists cost an op time on a CPU
+            plain = implementation(some[0][1].device) == "torch"
+            run: Callable[..., None] = write_each_ if plain else _write_many_
+            run(
                 [home.weight.data for home, _ in some],
                 [home.indices for home, _ in some],
                 [new.detach() for _, new in some],
@@ -105,11 +108,10 @@ def write_each_(
     reference: bool,
 ) -> None:
     """Do what `write_many_` and, with originals, `write_homes_` do in torch."""
-    if originals:
-        pairs = zip(originals, values, strict=True)
-        values = [compose(before, new, reference=reference) for before, new in pairs]
-    for weight, at, new in zip(weights, indices, values, strict=True):
-        write_(weight, at, new)
+    for i, (weight, at, new) in enumerate(zip(weights, indices, values, strict=True)):
+        # in turn, while it is in the cache
+        final = compose(originals[i], new, reference=reference) if originals else new
+        write_(weight, at, final)
 
 
 _write_many_ = define(
