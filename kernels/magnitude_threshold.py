@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from sft.kernels.library import define
 
 CODES = 2**15  # magnitudes that 16 bits hold, or the upper half of 32
 PIECE = 2**20
 
 
-@torch.no_grad()
 def magnitude_threshold(weight: Tensor, share: float) -> float:
     """Return the smallest h such that at least ceil(share * numel) entries have |w| <= h.
-
-    Without their sign bit, floats are in the order of their bits. A histogram of the upper 15 bits
-    finds the bin that holds h; a second one, of that bin's members, the lower bits.
 
     Args:
         weight: any shape and layout, float16, bfloat16, float32 or float64, without NaN.
@@ -31,17 +30,60 @@ def magnitude_threshold(weight: Tensor, share: float) -> float:
     Paper: Sparse MeZO, arXiv 2402.15751, section 3.2, whose percentile of each layer this is; its
     GetMask leaves the absolute value out, its text does not.
     """
-    if not 0 < share <= 1 or weight.numel() == 0:
-        raise ValueError(
-            f"share: got {share!r} of {weight.numel()} weights, allowed is (0, 1] of at least one"
-        )
-    wanted = math.ceil(share * weight.numel())
-    if weight.dtype == torch.float64:
-        return float(weight.abs().flatten().kthvalue(wanted).values)
-    flat = weight.detach().flatten()
-    if weight.element_size() == 2:
+    return float(magnitude_thresholds([weight], share)[0])
+
+
+@torch.no_grad()
+def magnitude_thresholds(weights: Sequence[Tensor], share: float) -> Tensor:
+    """Return the threshold of each of many tensors, at once on a GPU.
+
+    Args:
+        weights: each as `magnitude_threshold` takes it, all on one device.
+        share: of each.
+
+    Returns:
+        (n,) float64, on the device of the weights.
+
+    Raises:
+        ValueError: the share is out of range or a tensor is empty.
+    """
+    for weight in weights:
+        if not 0 < share <= 1 or weight.numel() == 0:
+            raise ValueError(
+                f"share: got {share!r} of {weight.numel()} weights, allowed is (0, 1] of at least "
+                "one; leave empty tensors out"
+            )
+    if not weights:
+        return torch.empty(0, dtype=torch.float64)
+    found: Tensor = MAGNITUDE_THRESHOLDS(list(weights), share)
+    return found
+
+
+def _magnitude_thresholds(weights: list[Tensor], share: float) -> Tensor:
+    found = [_threshold(weight.detach().flatten(), share) for weight in weights]
+    return torch.tensor(found, dtype=torch.float64, device=weights[0].device)
+
+
+MAGNITUDE_THRESHOLDS = define(
+    "magnitude_thresholds(Tensor[] weights, float share) -> Tensor",
+    plain=_magnitude_thresholds,
+    triton="select:magnitude_thresholds",
+    fake=lambda weights, share: weights[0].new_empty(len(weights), dtype=torch.float64),
+)
+
+
+def _threshold(flat: Tensor, share: float) -> float:
+    """Count: without their sign bit, floats are in the order of their bits.
+
+    A histogram of the upper 15 bits finds the bin that holds h; a second one, of that bin's
+    members, the lower bits.
+    """
+    wanted = math.ceil(share * flat.numel())
+    if flat.dtype == torch.float64:
+        return float(flat.abs().kthvalue(wanted).values)
+    if flat.element_size() == 2:
         code, _ = _nth(flat, wanted, lambda piece: piece.view(torch.int16).int() & CODES - 1, CODES)
-        return float(_magnitude(code, torch.int16, weight.dtype))
+        return float(_magnitude(code, torch.int16, flat.dtype))
     upper, rest = _nth(flat, wanted, lambda piece: piece.view(torch.int32) >> 16 & CODES - 1, CODES)
 
     def lower(piece: Tensor) -> Tensor:
@@ -49,7 +91,7 @@ def magnitude_threshold(weight: Tensor, share: float) -> float:
         return bits[bits >> 16 & CODES - 1 == upper] & 0xFFFF
 
     code, _ = _nth(flat, rest, lower, 2 * CODES)
-    return float(_magnitude(upper << 16 | code, torch.int32, weight.dtype))
+    return float(_magnitude(upper << 16 | code, torch.int32, flat.dtype))
 
 
 def _nth(flat: Tensor, wanted: int, code: object, count: int) -> tuple[int, int]:

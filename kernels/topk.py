@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sft.kernels.library import define
+
 
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Return the positions of the k largest scores; of equal scores the lowest positions win.
@@ -20,10 +22,23 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     if k >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
+    found: Tensor = TOP_K(scores, k)
+    return found
+
+
+def _top_k(scores: Tensor, k: int) -> Tensor:
     likely = _likely(scores, k)
     if likely is None:
         return _select(scores, k)
     return likely[_select(scores[likely], k)]
+
+
+TOP_K = define(
+    "top_k(Tensor scores, int k) -> Tensor",
+    plain=_top_k,
+    triton="select:top_k",
+    fake=lambda scores, k: scores.new_empty(k, dtype=torch.int64),
+)
 
 
 def _select(scores: Tensor, k: int) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sft.kernels.magnitude_threshold import magnitude_threshold
+from sft.kernels.magnitude_threshold import magnitude_thresholds
 from sft.kernels.mask import Magnitude, Mask, Random
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.keys import mask_key, parameter_ids
@@ -51,8 +51,8 @@ def trained_set(
     named = list(parameters)
     ids = parameter_ids(name for name, _ in named)
     found, left_out = [], []
-    for name, parameter in named:
-        mask = _mask(name, parameter, config, seed)
+    masks = _masks(named, config, seed)
+    for (name, parameter), mask in zip(named, masks, strict=True):
         if isinstance(mask, Magnitude) and mask.threshold == 0:
             left_out.append(name)
         else:
@@ -94,18 +94,22 @@ def _is_tied(trained: Trained, share: float) -> bool:
     return spare > TIES * len(weight)
 
 
-def _mask(name: str, parameter: nn.Parameter, config: ZerothOrderConfig, seed: int) -> Mask | None:
-    if parameter.element_size() == 1:
-        raise ValueError(
-            f"model: {name} is {str(parameter.dtype).removeprefix('torch.')}, allowed are floats "
-            "of 16 bits or more; let it require no gradient, or train an adapter"
-        )
-    if config.sparsity == 0:
-        return None
+def _masks(
+    named: Sequence[tuple[str, nn.Parameter]], config: ZerothOrderConfig, seed: int
+) -> list[Mask | None]:
+    for name, parameter in named:
+        if parameter.element_size() == 1:
+            raise ValueError(
+                f"model: {name} is {str(parameter.dtype).removeprefix('torch.')}, allowed are "
+                "floats of 16 bits or more; let it require no gradient, or train an adapter"
+            )
     share = 1 - config.sparsity
+    if config.sparsity == 0:
+        return [None] * len(named)
     if config.mask == "random":
-        return Random(mask_key(seed), share)
-    threshold = magnitude_threshold(parameter.detach(), share)
-    if not math.isfinite(threshold):
-        raise ValueError(f"model: {name} holds weights that are not finite; mend them first")
-    return Magnitude(threshold)
+        return [Random(mask_key(seed), share)] * len(named)
+    thresholds = magnitude_thresholds([p.detach() for _, p in named], share).tolist()
+    for (name, _), threshold in zip(named, thresholds, strict=True):
+        if not math.isfinite(threshold):
+            raise ValueError(f"model: {name} holds weights that are not finite; mend them first")
+    return [Magnitude(threshold) for threshold in thresholds]

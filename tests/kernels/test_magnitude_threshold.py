@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from sft.kernels.magnitude_threshold import magnitude_threshold, magnitude_threshold_reference
+from sft.kernels.magnitude_threshold import (
+    magnitude_threshold,
+    magnitude_threshold_reference,
+    magnitude_thresholds,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -60,3 +64,10 @@ def test_a_share_out_of_range_is_refused(share) -> None:
 def test_an_empty_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="of 0 weights"):
         magnitude_threshold(torch.empty(0), 0.5)
+
+
+def test_many_tensors_have_the_threshold_of_each() -> None:
+    weights = [drawn(7), drawn(50, 41, dtype=torch.bfloat16).t(), drawn(1, dtype=torch.float64)]
+    expected = [magnitude_threshold_reference(weight, 0.4) for weight in weights]
+    assert magnitude_thresholds(weights, 0.4).tolist() == expected
+    assert magnitude_thresholds([], 0.4).shape == (0,)
