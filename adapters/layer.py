@@ -15,6 +15,7 @@ from sft.adapters.geometry import features, layer_kind, stored_weight, weight_sh
 from sft.adapters.merging import MergeStack, announce, check_mergeable
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Due, Residence, Residency, obstacle
+from sft.adapters.state import watch_state
 from sft.adapters.support import fingerprint
 from sft.kernels.compose import compose
 from sft.kernels.pattern import Pattern
@@ -68,9 +69,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._merges = MergeStack()
         self._residency = Residency(self._stored_weight, reference=reference)
-        # Whatever reads or replaces the base must meet the pre-trained weight.
-        self.register_load_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]
-        self.register_state_dict_pre_hook(_restore_first)  # type: ignore[no-untyped-call]
+        watch_state(self)
 
     # -- what a method provides ----------------------------------------------------------------
 
@@ -392,7 +391,3 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """Return all layers of the model that carry adapters of ours, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-
-
-def _restore_first(layer: SparseLayer, *_: Any) -> None:
-    layer._residency.restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,7 +68,13 @@ class Residency:
         return due.name
 
     def holds(self, name: str, residence: Residence) -> bool:
-        """Tell whether W is the effective weight of this adapter, as it is now."""
+        """Tell whether W is the effective weight of this adapter, as it is now.
+
+        A compiled graph asks no more than whether W was written: to read a version or a key would
+        have it compiled anew after each update. Those who move values settle W right after.
+        """
+        if torch.compiler.is_compiling() and self._stash is not None:
+            return residence.region is self._region
         key = (name, residence.values._version, self._forced)
         return key == self.key and residence.region is self._region
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
@@ -59,6 +60,9 @@ class DeltaSite:
     def _renew(self) -> None:
         indices: Tensor = self._indices[self._name]
         known = self._pattern is not None and self._pattern.indices is indices
+        # a version read in a compiled graph is data; what writes to indices settles the layer after
+        if torch.compiler.is_compiling() and known:
+            return
         if not known or self._version != indices._version:
             self._pattern = Pattern(indices, self._layer.shape)
             self._region = Positions(indices)

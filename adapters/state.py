@@ -1,0 +1,24 @@
+"""What a layer does before its tensors are read or replaced, and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def watch_state(layer: nn.Module) -> None:
+    """Let whatever reads or replaces the base meet the pre-trained weight."""
+    layer.register_load_state_dict_pre_hook(_restore)  # type: ignore[no-untyped-call]
+    layer.register_state_dict_pre_hook(_restore)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_post_hook(_look_again)  # type: ignore[no-untyped-call]
+
+
+def _restore(layer: Any, *_: Any) -> None:
+    layer._residency.restore()
+
+
+def _look_again(layer: Any, *_: Any) -> None:
+    """Find the places that were loaded: a compiled graph does not see that indices changed."""
+    for name in layer.trained_values:
+        layer.residence(name)

@@ -1,0 +1,92 @@
+"""Adapted models in one compiled graph: the gradients of eager, whatever moves between steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import sft
+from sft.adapters.layer import sparse_layers
+from sft.adapters.resident import enter_resident, sync_resident
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer warns of what it does itself
+
+IDS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    torch._dynamo.reset()
+
+
+def adapted(llama, name: str, *, resident: bool):
+    config = {
+        "spiel": sft.SpielConfig(density=0.05, target_modules="all-linear"),
+        "s2ft": sft.S2FTConfig(density=0.2, selection="random"),
+    }[name]
+    model = get_peft_model(llama(num_hidden_layers=1), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.02)
+    if resident:
+        enter_resident(model)
+    return model
+
+
+def step(model, forward) -> list[torch.Tensor]:
+    """The loss, and the gradients of all that is trained."""
+    model.zero_grad()
+    loss = forward(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+CASES = [("spiel", True), ("s2ft", True), ("s2ft", False)]
+
+
+@pytest.mark.parametrize("name, resident", CASES, ids=lambda v: str(v))
+def test_updates_reach_one_graph(llama, name, resident) -> None:
+    model = adapted(llama, name, resident=resident)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = None
+    step(model, model)  # the views of a support that eager makes and keeps are there from now on
+    for _ in range(3):
+        found, expected = step(model, compiled), step(model, model)
+        for mine, eager in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, eager)
+        assert before is None or found[0] != before
+        before = found[0]
+        optimizer.step()
+        sync_resident(model)
+    assert graphs.frame_count == 1
+
+
+def test_a_new_support_reaches_the_graph(llama) -> None:
+    model = adapted(llama, "spiel", resident=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    step(model, compiled)
+    for layer in sparse_layers(model).values():
+        k = layer.delta_values["default"].numel()
+        layer.replace_support("default", torch.arange(k), torch.arange(k))
+    for mine, eager in zip(step(model, compiled), step(model, model), strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
+def test_a_loaded_support_reaches_the_graph(llama) -> None:
+    """Loading writes into the tensors that the graph knows."""
+    model = adapted(llama, "spiel", resident=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    step(model, model)  # makes and keeps views of the first support
+    step(model, compiled)
+    other = adapted(llama, "spiel", resident=False)
+    for layer in sparse_layers(other).values():
+        k = layer.delta_values["default"].numel()
+        layer.replace_support("default", torch.arange(k) * 2, torch.arange(k))
+    model.load_state_dict(other.state_dict())
+    for mine, eager in zip(step(model, compiled), step(other, other), strict=True):
+        torch.testing.assert_close(mine, eager)
