@@ -12,7 +12,7 @@ from torch import Tensor
 from sft.kernels.bias_scales import bias_scales
 from sft.kernels.cpu.buckets import buckets
 from sft.kernels.library import define, implementation
-from sft.kernels.soft_threshold import soft_threshold
+from sft.kernels.soft_threshold import shrink_many_
 from sft.kernels.write import Home, write_each_
 
 
@@ -68,7 +68,7 @@ def sparse_adamw_(
             eps,
             weight_decay,
             reference,
-            [taus[i] for i in chosen] if taus else [],
+            [taus[i] for i in chosen] if any(taus) else [],
             # .data: as `write_`, past autograd's version counter
             [home.weight.data for home in some],
             [home.indices for home in some],
@@ -205,8 +205,12 @@ def in_buckets_(
             sizes = [value.numel() for value in columns[0]]
             for i in (0, 2, 3, 4):  # all but the gradient
                 torch._foreach_copy_(columns[i], torch.split(joined[i], sizes))
+    by_tau: dict[float, list[Tensor]] = {}
     for value, tau in zip(values, taus, strict=False):
-        value.copy_(soft_threshold(value, tau))
+        by_tau.setdefault(tau, []).append(value)
+    for tau, some in by_tau.items():
+        if tau:
+            shrink_many_(some, tau, None)
     if weights:
         write_each_(weights, indices, values, originals, reference_sums)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +48,10 @@ class SparseAdamW(ExactOptimizer):
     """
 
     per_entry = ("age", "exp_avg", "exp_avg_sq")
-    homes: Homes | None = None  # of a copy too
+    # of a copy as well
+    homes: Homes | None = None
+    # asked by parameter and learning rate how much an update then shrinks it: `soft_threshold`
+    threshold: Callable[[Tensor, float], float] | None = None
 
     def __init__(
         self,
@@ -94,10 +98,12 @@ class SparseAdamW(ExactOptimizer):
             return
         homes = [self.homes.find(p) for p in params] if self.homes else []
         columns = zip(*(self._entries(p) for p in params), strict=True)
+        lr = float(group["lr"])
         sparse_adamw_(
             *map(list, columns),
-            lr=float(group["lr"]),
+            lr=lr,
             **{key: group[key] for key in ("betas", "eps", "weight_decay", "reference")},
+            taus=[self.threshold(p, lr) for p in params] if self.threshold else [],
             homes=homes,
         )
         for param, home in zip(params, homes, strict=False):

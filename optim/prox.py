@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from sft.kernels.soft_threshold import soft_threshold_many_
+from sft.optim.adamw import SparseAdamW
 
 RULES = ("soft", "reference")
 
@@ -34,12 +35,13 @@ class Penalty(Protocol):
         """The threshold is lr * strength, as in proximal gradient, not the strength itself."""
 
 
-def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> RemovableHandle:
+def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> Shrinking:
     """Apply p <- prox(p, tau) to every penalised parameter after each step of the optimizer.
 
     tau = lr * strength with the learning rate that the step used (of the group that holds the
     parameter), or the strength itself: proximal gradient with the optimizer's step as the gradient
-    step. An update that a loss scaler skipped shrinks nothing.
+    step. An update that a loss scaler skipped shrinks nothing. `SparseAdamW` shrinks what it steps
+    in the same pass, to the same bits.
 
     Args:
         optimizer: any torch optimizer, wrapped by accelerate or not.
@@ -62,17 +64,61 @@ def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> Re
                 "penalties: got a parameter that the optimizer does not hold; create the optimizer "
                 "after the adapter, from the parameters that require a gradient"
             )
-    return inner.register_step_post_hook(lambda stepped, *_: proximal_step_(stepped, found))
+    return Shrinking(inner, found)
+
+
+class Shrinking:
+    """Shrinks after each step until it is removed; see `attach`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, penalties: Sequence[Penalty]) -> None:
+        self._optimizer = optimizer
+        self._penalties = penalties
+        self._shrunk: set[int] = set()
+        count = Counter(id(p) for penalty in penalties for p in penalty.parameters)
+        self._only = {
+            id(p): penalty for penalty in penalties for p in penalty.parameters if count[id(p)] == 1
+        }
+        if isinstance(optimizer, SparseAdamW):
+            optimizer.threshold = self._in_step
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def remove(self) -> None:
+        """End the shrinking."""
+        self._handle.remove()
+        if isinstance(self._optimizer, SparseAdamW):
+            self._optimizer.threshold = None
+
+    def _in_step(self, parameter: Tensor, lr: float) -> float:
+        """Return what a step is to shrink this parameter by itself, 0 for not at all."""
+        penalty = self._only.get(id(parameter))
+        if penalty is None or penalty.rule != "soft":
+            return 0.0
+        self._shrunk.add(id(parameter))
+        return lr * penalty.strength if penalty.times_lr else penalty.strength
+
+    def _after_step(self, stepped: torch.optim.Optimizer, *_: Any) -> None:
+        proximal_step_(stepped, self._penalties, done=self._shrunk)
+        self._shrunk.clear()
 
 
 @torch.no_grad()
-def proximal_step_(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> None:
-    """Shrink the parameters of each penalty by the learning rates that stand in the groups."""
+def proximal_step_(
+    optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty], done: Container[int] = ()
+) -> None:
+    """Shrink the parameters of each penalty by the learning rates that stand in the groups.
+
+    Args:
+        optimizer: has the parameters in its groups.
+        penalties: see `attach`.
+        done: ids of parameters that were shrunk already.
+    """
     groups = _groups(optimizer)
     for penalty in penalties:
         # by learning rate: layer-wise rates may have put the parameters into several groups
         batches: dict[int, tuple[Any, list[Tensor]]] = {}
         for parameter in penalty.parameters:
+            if id(parameter) in done:
+                continue
             group = groups[id(parameter)]
             batches.setdefault(id(group), (group["lr"], []))[1].append(parameter)
         for lr, parameters in batches.values():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.adapters.base import SparseTuner
@@ -26,7 +25,7 @@ from sft.identity import (
     warn_of_changes,
 )
 from sft.optim.move import move_state
-from sft.optim.prox import attach
+from sft.optim.prox import Shrinking, attach
 from sft.stages import check_staged, keep_stage, stage_ends
 from sft.updates import check_per_layer, without_updates
 
@@ -63,7 +62,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self._dynamics: dict[str, Dynamics] = {}
         self._ends: tuple[int, ...] = ()
         self._scale: GradientScale | None = None
-        self._proximal: RemovableHandle | None = None
+        self._proximal: Shrinking | None = None
 
     def on_train_begin(
         self,

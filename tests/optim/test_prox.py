@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sft.kernels.soft_threshold import soft_threshold
+from sft.kernels.soft_threshold import soft_threshold, soft_threshold_many_
 from sft.optim.adamw import SparseAdamW
 from sft.optim.per_layer import PerLayerOptimizer
 from sft.optim.prox import attach, proximal_step_, reference_threshold
@@ -185,3 +185,47 @@ def test_what_does_not_fit_is_refused() -> None:
         attach(optimizer, [Penalty([outside])])
     with pytest.raises(ValueError, match=r"^prox: got 'hard', allowed are soft, reference"):
         attach(optimizer, [Penalty([inside], rule="hard")])
+
+
+def test_adamw_shrinks_in_its_own_pass_what_it_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has no gradient or several penalties, or another rule, after the step."""
+    stepped, still, twice, other = parameters = gates(5, 5, 5, 5)
+    optimizer = SparseAdamW(parameters, lr=0.1)
+    attach(
+        optimizer,
+        [
+            Penalty([stepped, still, twice], 1.0),
+            Penalty([twice], 2.0),
+            Penalty([other], 1.0, rule="reference"),
+        ],
+    )
+    later: list[Tensor] = []
+
+    def seen(values: list[Tensor], tau: float, factor: Tensor | None) -> None:
+        later.extend(values)
+        soft_threshold_many_(values, tau, factor)
+
+    monkeypatch.setattr("sft.optim.prox.soft_threshold_many_", seen)
+    plain = [nn.Parameter(p.detach().clone()) for p in parameters]
+    alone = SparseAdamW(plain, lr=0.1)
+    optimizer.zero_grad()
+    for seed in range(3):
+        for p, q in zip(parameters, plain, strict=True):
+            p.grad = q.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        still.grad = plain[1].grad = None
+        optimizer.step()
+        alone.step()
+        with torch.no_grad():
+            for p in plain[:2]:
+                p.copy_(soft_threshold(p, 0.1))
+            plain[2].copy_(soft_threshold(soft_threshold(plain[2], 0.1), 0.2))
+            plain[3].copy_(reference_threshold(plain[3], 0.1))
+        assert all(map(torch.equal, parameters, plain))
+    assert {id(p) for p in later} == {id(still), id(twice)}
+
+
+def test_what_is_removed_leaves_the_update_alone() -> None:
+    parameters = gates(5)
+    optimizer = SparseAdamW(parameters, lr=0.1)
+    attach(optimizer, [Penalty(parameters, 1.0)]).remove()
+    assert optimizer.threshold is None
