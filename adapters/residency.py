@@ -128,18 +128,26 @@ class Due(NamedTuple):
 
 def write_all(due: Iterable[Due]) -> None:
     """Do what `Residency.write` does for many layers; single weights of all of them in one op."""
-    together: dict[int, tuple[Due, Home]] = {}  # by weight: tied ones are written in turn
+    waiting: dict[int, tuple[Due, Home]] = {}
     for one in due:
         residency, name, residence = one
         if residency.holds(name, residence):
             continue
+        weight = residency._weight().data_ptr()
+        if weight in waiting:  # of two layers over one weight, the later one writes last
+            _write_waiting(waiting)
         residency.prepare(residence.region)
         home = residency.home(residence.region)
-        if home is None or home.weight.data_ptr() in together:
+        if home is None:
             residency.write(name, residence)
         else:
-            together[home.weight.data_ptr()] = (one, home)
-    pairs = list(together.values())
+            waiting[weight] = (one, home)
+    _write_waiting(waiting)
+
+
+def _write_waiting(waiting: dict[int, tuple[Due, Home]]) -> None:
+    pairs = list(waiting.values())
+    waiting.clear()
     if pairs:
         write_homes_([home for _, home in pairs], [one.residence.values for one, _ in pairs])
     for one, _ in pairs:

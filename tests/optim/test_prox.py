@@ -212,7 +212,8 @@ def test_adamw_shrinks_in_its_own_pass_what_it_steps(monkeypatch: pytest.MonkeyP
     for seed in range(3):
         for p, q in zip(parameters, plain, strict=True):
             p.grad = q.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
-        still.grad = plain[1].grad = None
+        if seed:
+            still.grad = plain[1].grad = None
         optimizer.step()
         alone.step()
         with torch.no_grad():

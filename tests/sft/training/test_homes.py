@@ -135,13 +135,29 @@ def test_there_is_no_home_unless_w_holds_the_values(model) -> None:
         assert homes.find(values) is None
 
 
-def test_layers_over_one_weight_have_no_home(llama) -> None:
+@pytest.fixture
+def tied(llama):
+    """A model of which two sparse layers have one weight."""
     targets = ["embed_tokens", "lm_head", "q_proj"]
     settings = SpielConfig(density=0.1, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(llama(), settings)
     layers = {name.rpartition(".")[2]: layer for name, layer in sparse_layers(model).items()}
-    table = layers["embed_tokens"].get_base_layer()
-    layers["lm_head"].get_base_layer().weight = table.weight
+    layers["lm_head"].get_base_layer().weight = layers["embed_tokens"].get_base_layer().weight
+    return model
+
+
+def test_layers_over_one_weight_are_written_in_turn(tied, writes) -> None:
+    with sft.resident(tied):
+        writes.clear()
+        for layer in sparse_layers(tied).values():
+            layer.delta_values["default"].data.fill_(1.0)
+        sync_resident(tied)
+    assert writes == ["write_homes_"] * 2
+
+
+def test_layers_over_one_weight_have_no_home(tied) -> None:
+    model = tied
+    layers = {name.rpartition(".")[2]: layer for name, layer in sparse_layers(model).items()}
     homes = ResidentHomes(model.base_model)
     with sft.resident(model):
         found = {n: homes.find(layer.delta_values["default"]) for n, layer in layers.items()}
