@@ -48,7 +48,7 @@ def _row_by_row(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense product of one row of tiles after another."""
     rows, cols = left.shape[1], right.shape[1]
-    positions, values, counts = _empty(left, right, starts, room)
+    positions, values, counts = free_slots(left, right, starts, room)
     across, begin = -(-cols // side), starts.tolist()
     for top in range(0, rows, side):
         block = wide_product(left[:, top : top + side], right)
@@ -66,7 +66,10 @@ def _row_by_row(
     return positions, values, counts
 
 
-def _empty(left: Tensor, right: Tensor, starts: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+def free_slots(
+    left: Tensor, right: Tensor, starts: Tensor, room: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return positions, values and counts as they are before anything was found."""
     dtype = index_dtype(left.shape[1] * right.shape[1])
     return (
         torch.full((room,), -1, dtype=dtype, device=left.device),
@@ -80,7 +83,7 @@ OUTER_ABOVE = define(
     "-> (Tensor, Tensor, Tensor)",
     plain=_row_by_row,
     triton="tiles:outer_above",
-    fake=lambda left, right, threshold, starts, room, side: _empty(left, right, starts, room),
+    fake=lambda left, right, threshold, starts, room, side: free_slots(left, right, starts, room),
 )
 
 

@@ -108,10 +108,10 @@ def _sampled(
     return products.values()
 
 
-def _row_blocks(
+def row_blocks(
     left: Tensor, right: Tensor, indices: Tensor, order: Tensor, pointers: Tensor, side: int
 ) -> Tensor:
-    """Dense product of one row block after another; peak memory is one block."""
+    """Implement `TILED_OUTER` in torch: one dense row block after another, of bounded size."""
     if left.device.type == "cpu":
         left, right = widen(left), widen(right)
     rows, cols = left.shape[1], right.shape[1]
@@ -140,7 +140,7 @@ SAMPLED_OUTER = define(
 TILED_OUTER = define(
     "tiled_outer(Tensor left, Tensor right, Tensor indices, Tensor order, Tensor pointers, "
     "int side) -> Tensor",
-    plain=_row_blocks,
+    plain=row_blocks,
     triton="tiles:tiled_outer",
     fake=_fake,
 )

@@ -31,11 +31,8 @@ def topk_outer(outer: Outer, k: int, exclude: Pattern | None = None) -> Tensor:
     Returns:
         (<= k,) int64 ascending; ties go to the lowest position.
     """
-    if isinstance(outer, DenseOuter) and implementation(outer.left.device) == "triton":
-        chosen = _from_tiles(outer, k, exclude)
-        if chosen is not None:
-            return chosen
-    return _from_blocks(outer, k, exclude)
+    chosen = _from_tiles(outer, k, exclude) if isinstance(outer, DenseOuter) else None
+    return _from_blocks(outer, k, exclude) if chosen is None else chosen
 
 
 def _from_blocks(outer: Outer, k: int, exclude: Pattern | None) -> Tensor:
@@ -52,7 +49,12 @@ def _from_blocks(outer: Outer, k: int, exclude: Pattern | None) -> Tensor:
 
 
 def _from_tiles(outer: DenseOuter, k: int, exclude: Pattern | None) -> Tensor | None:
-    """Return the exact choice by a guessed threshold, or None where the guess is of no use."""
+    """Return the exact choice by a guessed threshold, or None.
+
+    Where no tiles are to be had, or the guess is of no use.
+    """
+    if implementation(outer.left.device) != "triton" or outer.left.dtype == torch.float64:
+        return None
     taken = 0 if exclude is None else len(exclude)
     guess = _threshold(outer, k + taken)
     if guess is None:

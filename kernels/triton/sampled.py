@@ -25,21 +25,22 @@ def sampled_outer(
     if k == 0 or tokens == 0:
         return out.zero_()
     left, right = turned(left), turned(right)
-    sampled_kernel[(triton.cdiv(k, ENTRIES),)](
-        out,
-        left,
-        right,
-        indices,
-        k,
-        right.shape[1],
-        tokens,
-        left.stride(1),
-        right.stride(1),
-        DOUBLE=wide == torch.float64,
-        ENTRIES=ENTRIES,
-        TOKENS=TOKENS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]
+        sampled_kernel[(triton.cdiv(k, ENTRIES),)](
+            out,
+            left,
+            right,
+            indices,
+            k,
+            right.shape[1],
+            tokens,
+            left.stride(1),
+            right.stride(1),
+            DOUBLE=wide == torch.float64,
+            ENTRIES=ENTRIES,
+            TOKENS=TOKENS,
+            num_warps=4,
+        )
     return out
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sft.kernels.outer_above import free_slots
+from sft.kernels.outer_at import row_blocks
+from sft.kernels.pattern import Pattern
 
 # Tokens of a turn of the loop, and neighbouring tile rows that programs share a column of.
 TOKENS, GROUP = 64, 8
@@ -17,31 +23,27 @@ def tiled_outer(
     left: Tensor, right: Tensor, indices: Tensor, order: Tensor, pointers: Tensor, side: int
 ) -> Tensor:
     """Launch one program a tile; each picks the positions that lie in it."""
+    if left.dtype == torch.float64:
+        # no tensor cores: what is computed in float64 is checked, not trained
+        return row_blocks(left, right, indices, order, pointers, side)
     rows, cols = left.shape[1], right.shape[1]
     out = torch.empty(indices.numel(), dtype=torch.float32, device=left.device)
     if indices.numel() == 0 or left.shape[0] == 0:
         return out.zero_()
-    left, right = aligned(left), aligned(right)
-    across = triton.cdiv(cols, side)
-    tiles = triton.cdiv(rows, side) * across
-    pick_kernel[(tiles,)](
-        out,
-        left,
-        right,
-        indices,
-        order,
-        pointers,
-        cols,
-        left.shape[0],
-        left.shape[1],
-        right.shape[1],
-        left.stride(0),
-        right.stride(0),
-        tiles // across,
-        across,
-        ENTRIES=_entries(indices.numel(), tiles),
-        **_options(left.dtype, side),
-    )
+    if order.numel() == 0:
+        order, pointers = Pattern(indices, (rows, cols)).tiles(side)
+    tiles = pointers.numel() - 1
+    with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]
+        pick_kernel[(tiles,)](
+            out,
+            indices,
+            order,
+            pointers,
+            cols,
+            *_operands(left, right, side),
+            ENTRIES=_entries(indices.numel(), tiles),
+            **_options(left.dtype, side),
+        )
     return out
 
 
@@ -49,37 +51,33 @@ def outer_above(
     left: Tensor, right: Tensor, threshold: Tensor, starts: Tensor, room: int, side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch one program a tile; each lists its entries that reach the threshold."""
+    left, right = (t.float() if t.dtype == torch.float64 else t for t in (left, right))
     rows, cols = left.shape[1], right.shape[1]
-    tiles = starts.numel() - 1
-    wide = torch.int32 if rows * cols < 2**31 else torch.int64
-    positions = torch.full((room,), -1, dtype=wide, device=left.device)
-    values = torch.zeros(room, device=left.device)
-    counts = torch.zeros(tiles, dtype=torch.int32, device=left.device)
-    if tiles == 0:
+    positions, values, counts = free_slots(left, right, starts, room)
+    if counts.numel() == 0:
         return positions, values, counts
-    left, right = aligned(left), aligned(right)
-    across = triton.cdiv(cols, side)
-    above_kernel[(tiles,)](
-        positions,
-        values,
-        counts,
-        left,
-        right,
-        threshold,
-        starts,
-        rows,
-        cols,
-        left.shape[0],
-        left.shape[1],
-        right.shape[1],
-        left.stride(0),
-        right.stride(0),
-        tiles // across,
-        across,
-        # ranks take as many registers as the tile
-        **(_options(left.dtype, side) | {"num_warps": 8}),
-    )
+    with torch.cuda.device_of(left):  # type: ignore[no-untyped-call]
+        above_kernel[(counts.numel(),)](
+            positions,
+            values,
+            counts,
+            threshold,
+            starts,
+            rows,
+            cols,
+            *_operands(left, right, side),
+            # ranks take as many registers as the tile
+            **(_options(left.dtype, side) | {"num_warps": 8}),
+        )
     return positions, values, counts
+
+
+def _operands(left: Tensor, right: Tensor, side: int) -> tuple[Any, ...]:
+    """Return what both kernels take of the operands: tensors, sizes, strides, tiles."""
+    down, across = triton.cdiv(left.shape[1], side), triton.cdiv(right.shape[1], side)
+    left, right = aligned(left), aligned(right)
+    sizes = left.shape[0], left.shape[1], right.shape[1]
+    return left, right, *sizes, left.stride(0), right.stride(0), down, across
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -160,12 +158,12 @@ def _product(
 @triton.jit(do_not_specialize=["tokens", "cols"])
 def pick_kernel(
     out_ptr: tl.tensor,
-    left_ptr: tl.tensor,
-    right_ptr: tl.tensor,
     indices_ptr: tl.tensor,
     order_ptr: tl.tensor,
     pointers_ptr: tl.tensor,
     cols: tl.int32,
+    left_ptr: tl.tensor,
+    right_ptr: tl.tensor,
     tokens: tl.int32,
     left_width: tl.int32,
     right_width: tl.int32,
@@ -215,12 +213,12 @@ def above_kernel(
     positions_ptr: tl.tensor,
     values_ptr: tl.tensor,
     counts_ptr: tl.tensor,
-    left_ptr: tl.tensor,
-    right_ptr: tl.tensor,
     threshold_ptr: tl.tensor,
     starts_ptr: tl.tensor,
     rows: tl.int32,
     cols: tl.int32,
+    left_ptr: tl.tensor,
+    right_ptr: tl.tensor,
     tokens: tl.int32,
     left_width: tl.int32,
     right_width: tl.int32,

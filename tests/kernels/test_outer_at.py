@@ -102,6 +102,20 @@ def test_the_rule_for_gpus_is_that_of_the_model_and_the_compiled_code(make_patte
     assert pytest.approx(tile / many, rel=0.02) == module.TILE_SECONDS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_takes_the_same_paths(path, make_pattern, dtype) -> None:
+    pytest.importorskip("triton")
+    from without_gpu.interpreter import interpreted
+
+    torch.manual_seed(3)
+    left, right = torch.randn(70, 66).to(dtype), torch.randn(70, 33).to(dtype)
+    pattern = make_pattern(66, 33, 100)
+    with interpreted():
+        found = outer_at(left, right, pattern)
+    expected = outer_at_reference(left, right, pattern)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_fact37_row_blocks_hold_one_block(monkeypatch, make_pattern, largest_tensor) -> None:
     rows, cols, k = 512, 96, 600
     monkeypatch.setattr(module, "SAMPLED_UP_TO", {"cpu": -1})

@@ -31,6 +31,14 @@ def picked(tokens: int, rows: int, cols: int, k: int, side: int) -> Any:
     return make
 
 
+def unsorted(tokens: int, rows: int, cols: int, k: int, side: int) -> Any:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        left, right, at, *_ = picked(tokens, rows, cols, k, side)(dtype)
+        return left, right, at, at[:0], at[:0], side
+
+    return make
+
+
 def run_picked(*arguments: Any) -> Tensor:
     from sft.kernels.triton.tiles import tiled_outer
 
@@ -84,6 +92,8 @@ CASES = {
                 ("every position", picked(33, 40, 48, 40 * 48, 64), FLOATS),
                 ("empty tiles", picked(16, 256, 256, 3, 64), FLOATS),
                 ("large tiles", picked(65, 130, 260, 500, 128), FLOATS),
+                ("tiles not sorted yet", unsorted(9, 70, 80, 60, 64), FLOATS[:1]),
+                ("in float64", picked(9, 70, 80, 60, 64), (torch.float64,)),
                 ("a band of tiles and more", picked(2, 640, 70, 50, 64), FLOATS[:1]),
             ),
         ),
@@ -97,6 +107,7 @@ CASES = {
                 ("rests on all sides", listed(70, 67, 90, 60.0, 200), FLOATS),
                 ("no room for some", listed(70, 67, 90, 40.0, 99), FLOATS),
                 ("all of them", listed(33, 40, 48, 0.0, 40 * 48), FLOATS),
+                ("of float64", listed(9, 70, 70, 40.0, 99), (torch.float64,)),
                 ("none of them", listed(9, 70, 70, 1e9, 7), FLOATS[:1]),
             ),
         ),
