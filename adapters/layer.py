@@ -15,7 +15,7 @@ from sft.adapters.geometry import features, layer_kind, stored_weight, weight_sh
 from sft.adapters.merging import MergeStack, announce, check_mergeable
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Due, Residence, Residency, obstacle
-from sft.adapters.state import watch_state
+from sft.adapters.state import look_again, watch_state
 from sft.adapters.support import fingerprint
 from sft.kernels.compose import compose
 from sft.kernels.pattern import Pattern
@@ -166,6 +166,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             placed = tensor if tensor.is_meta else tensor.to(device)
             getattr(self, part)[name] = nn.Parameter(placed)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        look_again(self)
 
     @property
     def trained_values(self) -> Any:

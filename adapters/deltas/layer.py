@@ -10,6 +10,7 @@ from sft.adapters.deltas.site import DeltaSite
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.residency import Residence
+from sft.adapters.state import look_again
 from sft.adapters.support import (
     as_indices,
     check_base,
@@ -99,6 +100,7 @@ class DeltaLayer(SparseLayer):
             values.copy_(torch.where(source >= 0, kept, kept.new_zeros(())))
         old = self.delta_indices[name]
         self.delta_indices[name] = as_indices(indices, self.shape, old.device)
+        look_again(self)
         self.settle()
 
     # -- the verbs of a layer ----------------------------------------------------------------

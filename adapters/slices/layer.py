@@ -14,6 +14,7 @@ from sft.adapters.region import Lines, Region
 from sft.adapters.residency import Residence
 from sft.adapters.slices.permuted import PermutedUnits
 from sft.adapters.slices.site import SliceSite
+from sft.adapters.state import look_again
 from sft.adapters.support import check_base, check_indices, check_values
 from sft.kernels.kept import form_in
 from sft.kernels.lines import write_lines_
@@ -102,6 +103,7 @@ class SliceLinear(SparseLayer):
             values = torch.zeros(len(features), self._line)
         own.data = values.to(own.device, own.dtype)
         self.s2ft_indices[name] = features.to(old.device, torch.int32)
+        look_again(self)
         self.settle()
 
     @property

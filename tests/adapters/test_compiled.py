@@ -77,6 +77,18 @@ def test_a_new_support_reaches_the_graph(llama) -> None:
         torch.testing.assert_close(mine, eager)
 
 
+@pytest.mark.parametrize("where", ["at first", "after a move"])
+def test_nothing_has_to_run_before(llama, where) -> None:
+    """Beside the base no forward pass of eager has looked where the features lie."""
+    model = adapted(llama, "s2ft", resident=False)
+    if where == "after a move":
+        for layer in sparse_layers(model).values():
+            layer.replace_slice("default", layer.s2ft_indices["default"].flip(0).sort().values)
+    found = step(model, torch.compile(model, fullgraph=True, backend="eager"))
+    for mine, eager in zip(found, step(model, model), strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
 def test_a_loaded_support_reaches_the_graph(llama) -> None:
     """Loading writes into the tensors that the graph knows."""
     model = adapted(llama, "spiel", resident=True)
