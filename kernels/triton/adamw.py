@@ -50,8 +50,8 @@ def sparse_adamw_(
 def _parted(columns: Sequence[Sequence[Tensor]], beta: float) -> list[tuple[bool, list[int]]]:
     """Return the rows that the kernel takes and those that it does not."""
     parts: dict[bool, list[int]] = {}
+    tables = bias_tables((beta, beta), False, columns[0][0].device) is not None
     for i, row in enumerate(zip(*columns, strict=True)):
-        tables = bias_tables((beta, beta), False, row[0].device) is not None
         fit = row[0].dtype != torch.float64 and all(tensor.is_contiguous() for tensor in row)
         parts.setdefault(tables and fit, []).append(i)
     return list(parts.items())

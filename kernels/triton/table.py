@@ -58,7 +58,7 @@ def table(
     first = streamed[0]
     sizes = tuple(sizes) or tuple(tensor.numel() for tensor in first)
     addresses = [tuple(tensor.data_ptr() for tensor in column) for column in streamed]
-    aligned = not any(address % 16 for column in addresses for address in column)
+    aligned = not any(address & 15 for column in addresses for address in column)
     rows = tuple(zip(sizes, *addresses, *others, strict=True))
     return Table(_rows(rows, first[0].device), _blocks(sizes, block, first[0].device), aligned)
 

@@ -79,3 +79,34 @@ def test_writing_in_the_same_pass_moves_fewer_bytes() -> None:
     assert together.useful["store"] == apart.useful["store"]
     # and the entries of the table, of 8 programs
     assert apart.useful["load"] - together.useful["load"] >= 4 * count
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_positions_past_32_bits(index: torch.dtype) -> None:
+    """By arithmetic: addresses far below what there is, and positions that lead back to it."""
+    from without_gpu.interpreter import interpreted
+
+    import sft.kernels.triton.positions as launchers
+    from sft.kernels.triton.table import TYPES
+
+    far = 2**31 - 50 if index == torch.int32 else 2**33
+    first = 2**22 + 1  # this block begins past 2^32
+    weight, at = torch.arange(50, dtype=torch.int64), torch.tensor([0, 3, 49]).add(far).to(index)
+    out = torch.zeros(3, dtype=torch.int64)
+    start = first * BLOCK
+    rows = [
+        start + 3,
+        at.data_ptr() - start * at.element_size(),
+        out.data_ptr() - start * 8,
+        weight.data_ptr() - far * 8,
+    ]
+    with interpreted():
+        launchers.gather_kernel[(1,)](
+            torch.tensor([rows]),
+            torch.tensor([[0, first]], dtype=torch.int32),
+            INDEX=TYPES[index],
+            WEIGHT=TYPES[torch.int64],
+            ALIGNED=False,
+            BLOCK=BLOCK,
+        )
+    assert out.tolist() == [0, 3, 49]

@@ -58,16 +58,24 @@ def _case(dtypes: tuple[torch.dtype, ...] = FLOATS, **options: Any) -> Case:
 
 
 def _strided() -> Case:
-    """Of a transposed value and of float64 torch takes care."""
+    """Of a transposed value and of float64 torch takes care; each keeps its threshold."""
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(0)
-        made = [[torch.rand(3, 4, generator=generator) for _ in range(2)] for _ in range(4)]
-        made[0] = [made[0][0].t().contiguous().t(), made[0][1].double()]
-        ages = [torch.zeros(3, 4, dtype=torch.int32) for _ in range(2)]
-        return (*made, ages, LR, BETA1, BETA2, EPS, DECAY, False, [], [], [], [], False)
+        made = [[torch.rand(3, 4, generator=generator) for _ in range(3)] for _ in range(4)]
+        made[0][:2] = [made[0][0].t().contiguous().t(), made[0][1].double()]
+        ages = [torch.zeros(3, 4, dtype=torch.int32) for _ in range(3)]
+        taus = [0.1, 0.2, 0.4]
+        return (*made, ages, LR, BETA1, BETA2, EPS, DECAY, False, taus, [], [], [], False)
 
-    return Case(make, sparse_adamw_, in_buckets_, dtypes=(torch.float32,), mutates=(0, 2, 3, 4))
+    return Case(
+        make,
+        sparse_adamw_,
+        in_buckets_,
+        dtypes=(torch.float32,),
+        tolerance=_tolerance,
+        mutates=(0, 2, 3, 4),
+    )
 
 
 TAUS = [0.0, 0.1, 0.2, 0.3, 0.4, 5.0]
