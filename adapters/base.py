@@ -18,6 +18,7 @@ from sft.adapters.dynamics import Dynamics, Penalty
 from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
+from sft.adapters.packing import pack_supports, unpack_supports
 
 Owners = dict[int, list[tuple[str, nn.Module]]]
 
@@ -221,6 +222,21 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
                 layer.cast_to_base(adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Return what a file holds of an adapter: positions of single weights are packed."""
+        chosen = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return pack_supports(model, adapter_name, chosen)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -232,6 +248,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        mapped = unpack_supports(model, adapter_name, mapped)
         check_adapter_file(model, adapter_name, mapped, cls.prefix)
         return mapped
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sft.adapters.packing import unpack
+
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
     "training.max_steps=6",
@@ -62,7 +64,11 @@ def test_the_merged_model_differs_from_its_base_on_the_support_alone(run) -> Non
     assert base.keys() == merged.keys()
     moved = 0
     for name, weight in base.items():
-        indices = adapter.get(f"base_model.model.{name.removesuffix('.weight')}.delta_indices")
+        key = f"base_model.model.{name.removesuffix('.weight')}.delta_"
+        indices = None
+        if f"{key}indices" in adapter:
+            count = adapter[f"{key}values"].numel()
+            indices = unpack(adapter[f"{key}indices"], count, weight.numel(), name)
         changed = (weight != merged[name]).flatten().nonzero().flatten()
         allowed = torch.empty(0, dtype=torch.int64) if indices is None else indices.long()
         assert bool(torch.isin(changed, allowed).all()), name

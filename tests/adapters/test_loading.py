@@ -15,11 +15,38 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.delta_"
 
 
 @pytest.fixture
-def saved(spiel, randomize, tmp_path) -> Path:
+def packed(spiel, randomize, tmp_path) -> Path:
     model = spiel(target_modules=TARGETS)
     randomize(model)
     model.save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def saved(spiel, packed) -> Path:
+    """A file whose positions are not packed, as earlier versions wrote them."""
+    file = packed / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, layer in spiel(target_modules=TARGETS).base_model.adapted_layers("default").items():
+        key = f"base_model.model.{name}.delta_indices"
+        tensors[key] = layer.delta_indices["default"].clone()
+        assert tensors[key].dtype == torch.int32
+    save_file(tensors, file)
+    return packed
+
+
+def test_files_of_both_kinds_load_alike(llama, packed, saved, batch) -> None:
+    old = PeftModel.from_pretrained(llama(), saved)
+    old.save_pretrained(packed)
+    kinds = {
+        key.rpartition(".")[2]: tensor.dtype
+        for key, tensor in load_file(packed / "adapter_model.safetensors").items()
+    }
+    assert kinds["delta_indices"] == torch.uint8
+    again = PeftModel.from_pretrained(llama(), packed)
+    assert torch.equal(again(**batch).logits, old(**batch).logits)
+    for name, tensor in old.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
