@@ -17,10 +17,11 @@ BLOCK_BYTES = 16 * 2**20
 # (benchmarks/crossover.py); elsewhere a model of both tells.
 SAMPLED_UP_TO = {"cpu": 0.10}
 
-# Seconds on an H100, by a model of the compiled kernels in bfloat16 (not measured), of a position
-# and token by its own dot product, of an entry of an operand turned for that, and of a position and
-# token of a dense tile. Tiles of half a device's multiprocessors take half as long as all.
-SAMPLED_SECONDS, TURN_SECONDS, TILE_SECONDS, MULTIPROCESSORS = 9.1e-13, 1.33e-12, 3.1e-15, 132
+# Seconds on an H100, by a model of the compiled kernels in bfloat16 (not measured): to read an
+# operand's entry from the cache for a dot product, to turn one for that, and to multiply one entry
+# of a dense tile. A program of dot products has so many positions, and reads rows they share once.
+READ_SECONDS, TURN_SECONDS, TILE_SECONDS = 4.55e-13, 1.33e-12, 3.1e-15
+MULTIPROCESSORS, POSITIONS = 132, 16
 
 # torch 2.8 learned to keep the float32 that GPUs accumulate half-precision products in
 _WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
@@ -57,15 +58,19 @@ def outer_at(left: Tensor, right: Tensor, pattern: Pattern) -> Tensor:
 def uses_sampled(pattern: Pattern, device: torch.device) -> bool:
     """Tell whether `outer_at` takes one dot product per position rather than dense blocks.
 
-    On GPUs, of k positions of an (m, n) matrix: where k S + (m + n) U <= m n D / share of the GPU
-    in use, seconds by the model. Both sides grow alike with the tokens, which leave the rule.
+    On GPUs, of k positions of an (m, n) matrix: where
+
+        (k + min(k, k / POSITIONS + m)) READ + (m + n) TURN <= m n TILE / share of the GPU in use
+
+    by the model. Both sides grow alike with the tokens, which leave the rule.
     """
     if device.type in SAMPLED_UP_TO:
         return pattern.density <= SAMPLED_UP_TO[device.type]
     rows, cols = pattern.shape
     side = tile_side(pattern.shape)
     in_use = min(1.0, math.ceil(rows / side) * math.ceil(cols / side) / MULTIPROCESSORS)
-    sampled = len(pattern) * SAMPLED_SECONDS + (rows + cols) * TURN_SECONDS
+    reads = len(pattern) + min(len(pattern), len(pattern) / POSITIONS + rows)
+    sampled = reads * READ_SECONDS + (rows + cols) * TURN_SECONDS
     return sampled * in_use <= rows * cols * TILE_SECONDS
 
 

@@ -78,8 +78,8 @@ def test_the_path_is_a_rule_of_density_and_device(make_pattern) -> None:
     assert 1 < flips[0] <= 0.003 * 400 * 400
 
 
-def test_the_rule_for_gpus_is_that_of_the_model_and_the_compiled_code(make_pattern) -> None:
-    """Recomputed from the instructions of the loop, the bytes it reads, and an H100's peaks."""
+def test_the_rule_for_gpus_is_that_of_the_model_and_the_compiled_code() -> None:
+    """Recomputed from the instructions of the loop and an H100's peaks."""
     pytest.importorskip("triton")
     from device_cases.sampled import BUILDS
     from without_gpu.audit import audit
@@ -93,13 +93,34 @@ def test_the_rule_for_gpus_is_that_of_the_model_and_the_compiled_code(make_patte
     code = audit(kernels[0])
     many = 1e12  # so many that a launch is nothing
     instructions = code.hot.total() * code.warps / (ENTRIES * TOKENS)
-    sampled, slowest = least_seconds(instructions=many * instructions, cache=many * 4)
+    # one entry of each operand at the least
+    _, slowest = least_seconds(instructions=many * instructions, cache=many * 2)
+    read, _ = least_seconds(cache=many * 2)
     turn, _ = least_seconds(memory=many * 4)
     tile, _ = least_seconds(operations=many * 2)
     assert slowest == "cache"
-    assert pytest.approx(sampled / many, rel=0.02) == module.SAMPLED_SECONDS
+    assert pytest.approx(read / many, rel=0.02) == module.READ_SECONDS
     assert pytest.approx(turn / many, rel=0.02) == module.TURN_SECONDS
     assert pytest.approx(tile / many, rel=0.02) == module.TILE_SECONDS
+    assert module.POSITIONS == ENTRIES
+
+
+@pytest.mark.parametrize("k", [10, 200, 800])
+def test_the_rule_counts_what_the_kernel_reads(make_pattern, k) -> None:
+    """Sectors of an access in bfloat16, where rows hold many positions and where they hold few."""
+    pytest.importorskip("triton")
+    from without_gpu.interpreter import interpreted
+    from without_gpu.traffic import measured
+
+    from sft.kernels.triton.sampled import sampled_outer
+
+    tokens, rows, cols = 128, 50, 40
+    pattern = make_pattern(rows, cols, k)
+    left, right = torch.ones(tokens, rows).bfloat16(), torch.ones(tokens, cols).bfloat16()
+    with interpreted(), measured() as traffic:
+        sampled_outer(left, right, pattern.indices, pattern.row_pointers, pattern.columns)
+    reads = k + min(k, k / module.POSITIONS + rows)
+    assert traffic.sectors("load") - 4 * k == pytest.approx(2 * tokens * reads, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
