@@ -1,11 +1,12 @@
-"""Serve several adapters of one base: switch between them, and mix them in one batch.
+"""Serve several adapters of one base: merge, unmerge, switch, and mix them in one batch.
 
     python benchmarks/switching.py [--rounds 15] [--model NAME] [--out FILE]
 
-S2FT and LoRA with the same number of trained weights on the same matrices, random values. Switching
-leaves the next adapter in W: S2FT puts kept lines back and writes others, LoRA subtracts a product
-and adds another. Mixing runs one forward pass in which each row has its own adapter. Times are
-process CPU seconds, interleaved in one run; what a switch leaves different in W is counted.
+S2FT and SpIEL against PEFT LoRA with the same number of trained weights on the same matrices,
+random values. Merging writes an adapter into W, unmerging takes it out; switching leaves the next
+adapter in W: ours put kept weights back and write others, LoRA subtracts a product and adds
+another. Mixing runs one forward pass in which each row has its own adapter. Times are process CPU
+seconds, interleaved in one run; what all that leaves different in W is counted.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
+from method_cases import quiet
 from peft import LoraConfig, PeftModel, get_peft_model
 from rounds import interleave, medians, ratios
 from torch import nn
@@ -33,12 +36,38 @@ from transformers import AutoModelForCausalLM
 
 import sft
 from sft.adapters.layer import sparse_layers
-from sft.adapters.resident import enter_resident
+from sft.adapters.resident import enter_resident, leave_resident
 from sft.embedded import folder_of
 
-TARGETS = ["o_proj", "down_proj"]
 NAMES = ["first", "second", "third", "fourth"]
 RANK = 16
+VERBS = ("merge", "unmerge", "switch")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method of ours and PEFT LoRA on the same matrices.
+
+    Args:
+        ours: returns the configuration for a seed.
+        targets: LoRA's `target_modules`.
+    """
+
+    ours: Callable[[int], Any]
+    targets: list[str] | str
+
+
+PAIRS = {
+    "S2FT": Pair(
+        lambda seed: sft.S2FTConfig(match_lora_rank=RANK, seed=seed), ["o_proj", "down_proj"]
+    ),
+    "SpIEL": Pair(
+        lambda seed: sft.SpielConfig(
+            match_lora_rank=RANK, target_modules="all-linear", seed=seed, growth="none"
+        ),
+        "all-linear",
+    ),
+}
 
 
 def adapters(base: nn.Module, build: Callable[[int], Any]) -> PeftModel:
@@ -48,20 +77,10 @@ def adapters(base: nn.Module, build: Callable[[int], Any]) -> PeftModel:
         model.add_adapter(name, build(seed))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "s2ft_" in name:
+            if any(part in name for part in ("lora_", "s2ft_", "delta_")):
                 parameter.normal_(std=1e-3)
     model.requires_grad_(False)
     return model.eval()
-
-
-def s2ft(base: nn.Module) -> PeftModel:
-    """Four S2FT adapters with as many weights as LoRA of rank 16 trains."""
-    return adapters(base, lambda seed: sft.S2FTConfig(match_lora_rank=RANK, seed=seed))
-
-
-def lora(base: nn.Module) -> PeftModel:
-    """Four LoRA adapters on the same matrices."""
-    return adapters(base, lambda seed: LoraConfig(r=RANK, target_modules=TARGETS))
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -80,6 +99,18 @@ def changed(before: dict[str, torch.Tensor], model: PeftModel) -> float:
     return count / sum(tensor.numel() for tensor in before.values())
 
 
+def clocked(call: Callable[[], object]) -> float:
+    """Return the CPU seconds of a call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def merge_and_unmerge(model: PeftModel) -> dict[str, float]:
+    """Merge the active adapter and take it out again; return the CPU seconds of both."""
+    return {"merge": clocked(model.merge_adapter), "unmerge": clocked(model.unmerge_adapter)}
+
+
 class Switch:
     """Brings one adapter after another into W.
 
@@ -94,63 +125,63 @@ class Switch:
     def step(self) -> float:
         """Switch to the next; return the CPU seconds."""
         self.turn += 1
-        start = time.process_time()
-        self.to(NAMES[self.turn % len(NAMES)])
-        return time.process_time() - start
+        return clocked(lambda: self.to(NAMES[self.turn % len(NAMES)]))
 
 
-def switches(model_s2ft: PeftModel, model_lora: PeftModel) -> dict[str, Switch]:
+def switches(ours: PeftModel, lora: PeftModel) -> dict[str, Switch]:
     """Return how each of the two switches."""
 
-    def to_slice(name: str) -> None:
-        model_s2ft.set_adapter(name)
-        for layer in sparse_layers(model_s2ft).values():
-            layer.settle()
-
     def to_low_rank(name: str) -> None:
-        model_lora.unmerge_adapter()
-        model_lora.set_adapter(name)
-        model_lora.merge_adapter()
+        lora.unmerge_adapter()
+        lora.set_adapter(name)
+        lora.merge_adapter()
 
-    enter_resident(model_s2ft)
-    model_lora.merge_adapter()
-    return {"s2ft": Switch(model_s2ft, to_slice), "lora": Switch(model_lora, to_low_rank)}
+    enter_resident(ours)
+    lora.merge_adapter()
+    return {"ours": Switch(ours, ours.set_adapter), "lora": Switch(lora, to_low_rank)}
 
 
-def forward(model: PeftModel, ids: torch.Tensor, names: list[str] | None) -> float:
+def forward(model: nn.Module, ids: torch.Tensor, names: list[str] | None) -> float:
     """Run one forward pass; return its CPU seconds."""
-    start = time.process_time()
+    extra = {} if names is None else {"adapter_names": names}
     with torch.no_grad():
-        model(input_ids=ids, **({} if names is None else {"adapter_names": names}))
-    return time.process_time() - start
+        return clocked(lambda: model(input_ids=ids, **extra))
 
 
-def measure(name: str, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return times, ratios and what a round of switches leaves behind."""
-    folder = folder_of(name) if not Path(name).is_dir() else Path(name)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    models = {"s2ft": s2ft(copy.deepcopy(base)), "lora": lora(copy.deepcopy(base))}
-    trained = {
-        n: sum(p.numel() for k, p in m.named_parameters() if f".{NAMES[0]}" in k)
-        for n, m in models.items()
+def measure(pair: Pair, base: nn.Module, rounds: int) -> dict[str, Any]:
+    """Return times, ratios, and what a round of it leaves behind."""
+    models = {
+        "ours": adapters(copy.deepcopy(base), pair.ours),
+        "lora": adapters(
+            copy.deepcopy(base), lambda _: LoraConfig(r=RANK, target_modules=pair.targets)
+        ),
     }
-    ids = torch.randint(0, base.config.vocab_size, (8, 64))
-    names = [NAMES[row % len(NAMES)] for row in range(len(ids))]
-    mixed: dict[str, Callable[[], float]] = {
-        key: (lambda model=model: forward(model, ids, names)) for key, model in models.items()
-    }
-    mixed["base"] = lambda: forward(base, ids, None)
-    mixing = medians(interleave(mixed, rounds))
     before = {key: weights(model) for key, model in models.items()}
-    made = switches(models["s2ft"], models["lora"])
-    switching = medians(interleave({key: switch.step for key, switch in made.items()}, rounds))
-    for layer in sparse_layers(models["s2ft"]).values():
-        layer.leave_resident()
+    merging = interleave(
+        {key: lambda model=model: merge_and_unmerge(model) for key, model in models.items()}, rounds
+    )
+    mixing = medians(_mixed(base, models, rounds))
+    made = switches(models["ours"], models["lora"])
+    held = {name: layer.content for name, layer in sparse_layers(models["ours"]).items()}
+    switching = interleave({key: switch.step for key, switch in made.items()}, rounds)
+    moved = sum(layer.content != held[n] for n, layer in sparse_layers(models["ours"]).items())
+    assert moved == len(held) or rounds % len(NAMES) == len(NAMES) - 1, "W was not switched"
+    leave_resident(models["ours"])
     models["lora"].unmerge_adapter()
+    seconds = {"switch": medians(switching)} | {
+        verb: medians({key: [step[verb] for step in steps] for key, steps in merging.items()})
+        for verb in ("merge", "unmerge")
+    }
     return {
-        "weights_of_an_adapter": trained,
-        "switch_cpu_seconds": {key: round(value, 5) for key, value in switching.items()},
-        "switch_to_lora": ratios(switching, "lora"),
+        "weights_of_an_adapter": {
+            key: sum(p.numel() for n, p in model.named_parameters() if f".{NAMES[0]}" in n)
+            for key, model in models.items()
+        },
+        "verbs": {
+            verb: {key: round(value, 5) for key, value in seconds[verb].items()}
+            | {"lora_over_ours": round(seconds[verb]["lora"] / seconds[verb]["ours"], 2)}
+            for verb in VERBS
+        },
         "share_of_weights_left_different": {
             key: changed(before[key], model) for key, model in models.items()
         },
@@ -159,25 +190,42 @@ def measure(name: str, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _mixed(base: nn.Module, models: dict[str, PeftModel], rounds: int) -> dict[str, list[float]]:
+    ids = torch.randint(0, base.config.vocab_size, (8, 64))
+    names = [NAMES[row % len(NAMES)] for row in range(len(ids))]
+    passes: dict[str, Callable[[], float]] = {
+        key: lambda model=model: forward(model, ids, names) for key, model in models.items()
+    }
+    passes["base"] = lambda: forward(base, ids, None)
+    return interleave(passes, max(1, rounds // 3))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results/switching.json"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    result = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(args).items()}}
-    result["arguments"].pop("out")
-    result |= measure(args.model, args.rounds, getattr(torch, args.dtype))
+    quiet()
+    folder = args.model if Path(args.model).is_dir() else folder_of(args.model)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "model": args.model,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "pairs": {name: measure(PAIRS[name], base, args.rounds) for name in args.only},
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for key, value in result.items():
-        if key not in ("machine", "arguments"):
-            print(f"{key}: {value}")
+    for name, found in result["pairs"].items():
+        print(name, json.dumps(found))
     print(f"written to {args.out}")
 
 
