@@ -107,7 +107,6 @@ class Residency:
         if self._region is not None and self._stash is not None:
             self._region.write(self._weight(), self._stash)
         self.key = self._region = self._stash = None
-        self._told = False
 
     def invalidate(self) -> None:
         """Make the next write happen even if the values' version counter did not move.

@@ -141,10 +141,11 @@ def test_learning_rate_as_a_tensor() -> None:
     assert torch.equal(parameters[0], soft_threshold(before, 0.5))
 
 
-def test_an_update_that_the_loss_scaler_skipped_shrinks_nothing() -> None:
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_an_update_that_the_loss_scaler_skipped_shrinks_nothing(lr: Any) -> None:
     parameters = gates(6)
     before = parameters[0].detach().clone()
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
     attach(optimizer, [Penalty(parameters, 1.0)])
     parameters[0].grad = torch.full((6,), torch.inf)
     optimizer.found_inf, optimizer.grad_scale = (

@@ -14,7 +14,8 @@ import sft
 from sft import SLTrainConfig, SpielConfig
 from sft.adapters import residency
 from sft.adapters.layer import sparse_layers
-from sft.adapters.resident import sync_resident
+from sft.adapters.region import Positions
+from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.homes import ResidentHomes
 from sft.optim.adamw import SparseAdamW
 from sft.trainer import method_optimizer
@@ -91,17 +92,26 @@ def test_nothing_is_written_twice(model, batch, writes) -> None:
         writes.clear()  # of entering
         train(model, optimizer, batch)
         assert writes == []
-        # by any other means, the counter of versions tells it
+        # that holds once an update: what raises no counter of versions is written as ever
         for layer in sparse_layers(model).values():
-            with torch.no_grad():
-                layer.delta_values["default"].mul_(2.0)
+            layer.delta_values["default"].data.mul_(2.0)
+        held = contents(model)
         sync_resident(model)
         assert writes == ["write_homes_"]
-        held = contents(model)
-        # and what does not move the counter, as fused optimizers, from the second time on
-        sync_resident(model)
-        assert writes == ["write_homes_"] * 2
-        assert all(map(torch.equal, contents(model), held))
+        assert not all(map(torch.equal, contents(model), held))
+
+
+def test_what_moves_after_the_update_is_written_as_well(model, batch, writes) -> None:
+    enter_resident(model)
+    model(**batch).loss.backward()
+    optimizer_of(model, homes=ResidentHomes(model.base_model)).step()
+    writes.clear()
+    for layer in sparse_layers(model).values():
+        with torch.no_grad():
+            layer.delta_values["default"].mul_(2.0)
+    sync_resident(model)
+    assert writes == ["write_homes_"]
+    leave_resident(model)
 
 
 def test_without_homes_all_layers_are_written_at_once(model, batch, writes) -> None:
@@ -127,6 +137,8 @@ def test_there_is_no_home_unless_w_holds_the_values(model) -> None:
     assert homes.find(values) is None
     with sft.resident(model):
         assert homes.find(values) is not None
+        elsewhere = Positions(layer.delta_indices["default"].clone())
+        assert layer.due().residency.home(elsewhere) is None
         assert homes.find(torch.ones(1)) is None
         with model.disable_adapter():
             assert homes.find(values) is None
