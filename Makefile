@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick test-gpu lint types conformance bench clean distclean
+.PHONY: help env quickstart test test-quick test-gpu lint types conformance bench bench-runs clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -43,13 +43,18 @@ types: env  ## mypy --strict
 conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
 	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
 
-bench: env  ## run the benchmarks (about 35 minutes) and write docs/benchmarks.md
+bench: env  ## measure methods, peers and kernels side by side (about 15 minutes) and write docs
+	@$(PHASE) "methods and peers" $(BIN)/python benchmarks/methods.py
+	@$(PHASE) "several adapters" $(BIN)/python benchmarks/switching.py
+	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
+	@$(PHASE) kernels $(BIN)/python benchmarks/kernels.py
+	@$(PHASE) imports $(BIN)/python benchmarks/imports.py
+	@$(BIN)/python benchmarks/report.py
+
+bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and write docs
 	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
 	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
-	@$(PHASE) step $(BIN)/python benchmarks/step.py --profile
-	@$(PHASE) switching $(BIN)/python benchmarks/switching.py
 	@$(PHASE) "zeroth-order step" $(BIN)/python benchmarks/zeroth_order_step.py
-	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
 	@$(BIN)/python benchmarks/report.py
 
 clean:  ## remove caches and build products, keep .venv and runs

@@ -75,7 +75,6 @@ def _tiles(side: int) -> Work:
         about=f"{_PRODUCT}, 1 %",
         entries=tiles,
         memory=_OPERANDS + 12 * PICKED,
-        cache=tiles * 2 * 2.0 * side * TOKENS,
         per_program=1,
         turns=TOKENS // 64,
         operations=2.0 * ENTRIES * TOKENS,

@@ -138,6 +138,11 @@ def spiel_sparse(base: nn.Module) -> Case:
     return _deltas(base, density=0.005)
 
 
+def spiel_int8(base: nn.Module) -> Case:
+    """SpIEL between windows, 0.5 %, the inputs of its gradient kept in int8."""
+    return _deltas(base, density=0.005, saved_inputs="int8")
+
+
 def _deltas(base: nn.Module, **settings: Any) -> Case:
     case = adapted(base, sft.SpielConfig(target_modules=TARGETS, **settings))
     trained = [p for p in case.model.parameters() if p.requires_grad]
@@ -170,7 +175,7 @@ def _moving(base: nn.Module, **settings: Any) -> Case:
 
 
 PEERS = (floor, full, lora, dora, shira, supertuning)
-OURS = (spiel, s2ft, sora, sltrain, spiel_sparse, s2ft_sparse)
+OURS = (spiel, s2ft, sora, sltrain, spiel_sparse, spiel_int8, s2ft_sparse)
 # seen in one cell alone
 MORE = (spiel_window, spiel_reselect, spiel_aside, sora_half, sltrain_scratch)
 CASES = {build.__name__: build for build in (*PEERS, *OURS, *MORE)}
