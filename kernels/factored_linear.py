@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.delta_product import delta_product
 from sft.kernels.kept import Kept, form_of, restore
 from sft.kernels.outer import SharedInput, token_last
 from sft.kernels.outer_at import uses_sampled
@@ -19,7 +20,6 @@ from sft.kernels.sparse_linear import (
     check_stamp,
     linear,
     stamp_of,
-    times_delta,
     values_gradient,
 )
 
@@ -124,7 +124,7 @@ class _Factored(torch.autograd.Function):
         if weight is not None:
             y = linear(x, weight.to(x.dtype), bias, conv1d=conv1d)
         else:
-            y = times_delta(x, values, site.pattern, to_rows=not conv1d).contiguous()
+            y = delta_product(x, values, site.pattern, to_rows=not conv1d).contiguous()
             y = y if bias is None else y.add_(bias)
         flat = y.view(-1, y.shape[-1])
         flat.addmm_((low * scale).view(-1, low.shape[-1]).to(y.dtype), b.to(y.dtype).t())
@@ -170,7 +170,7 @@ class _Factored(torch.autograd.Function):
 def _input_gradient(ctx: Any, grad: Tensor, values: Tensor, weight: Tensor | None) -> Tensor:
     """Return g W, or g S where there is no weight: (tokens, in), a tensor of its own."""
     if weight is None:
-        return times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d).contiguous()
+        return delta_product(grad, values, ctx.site.pattern, to_rows=ctx.conv1d).contiguous()
     weight = weight.to(grad.dtype)
     return grad @ (weight.t() if ctx.conv1d else weight)
 

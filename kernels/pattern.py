@@ -69,6 +69,27 @@ class Pattern:
         """Row of each position: (k,) int64, computed anew at each call."""
         return (self.indices // self.shape[1]).long()
 
+    def by_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the CSC view.
+
+        Returns:
+            pointers: (cols + 1,) entry c is the number of positions in columns before c.
+            rows: (k,) row of each position, column after column, ascending within a column.
+            slots: (k,) which position that is.
+
+        All in the dtype of the row pointers, and kept as the CSR view is (8 bytes an entry).
+        """
+        dtype = index_dtype(len(self))
+        slots = self._view("slots", lambda: self.columns.argsort(stable=True).to(dtype))
+        rows = self._view("rows", lambda: self.rows()[slots.long()].to(dtype))
+        pointers = self._view("column pointers", lambda: self._column_pointers(slots))
+        return pointers, rows, slots
+
+    def _column_pointers(self, slots: Tensor) -> Tensor:
+        columns = self.columns[slots.long()]
+        edges = torch.arange(self.shape[1] + 1, device=columns.device, dtype=columns.dtype)
+        return torch.searchsorted(columns, edges).to(columns.dtype)
+
     def tiles(self, side: int) -> tuple[Tensor, Tensor]:
         """Sort the positions into square tiles of the matrix.
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.delta_product import delta_product
 from sft.kernels.kept import Kept, form_of, restore
 from sft.kernels.outer import DenseOuter, Outer, SharedInput, shared_input, token_last
-from sft.kernels.outer_at import uses_sampled, widen
+from sft.kernels.outer_at import uses_sampled
 from sft.kernels.pattern import Pattern
 
 Tap = Callable[[Outer], None]
@@ -154,7 +155,7 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.save_for_backward(*kept, values)
         ctx.site, ctx.stamp, ctx.conv1d = site, stamp_of(site), conv1d
         ctx.shared = shared
-        return times_delta(x, values, site.pattern, to_rows=not conv1d)
+        return delta_product(x, values, site.pattern, to_rows=not conv1d)
 
     @staticmethod
     @once_differentiable
@@ -163,7 +164,7 @@ class _DeltaLinear(torch.autograd.Function):
         codes, peaks, values = ctx.saved_tensors
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = times_delta(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
+            dx = delta_product(grad, values, ctx.site.pattern, to_rows=ctx.conv1d)
         if codes is not None:
             dvalues = values_gradient(ctx, Kept(codes, peaks), grad).to(values.dtype)
         return dx, dvalues, None, None, None, None
@@ -228,29 +229,6 @@ def values_gradient(ctx: Any, kept: Kept, grad: Tensor) -> Tensor:
         if site.tap is not None:
             site.tap(outer)
         return outer.at(site.pattern)
-
-
-def times_delta(x: Tensor, values: Tensor, pattern: Pattern, *, to_rows: bool) -> Tensor:
-    """Multiply by the sparse matrix: x Delta^T to reach its rows, x Delta for its columns.
-
-    Args:
-        x: (..., cols) to reach the rows, (..., rows) for the columns.
-        values: (k,) the entries.
-        pattern: their positions in the (rows, cols) matrix.
-        to_rows: which of the two.
-
-    Returns:
-        (..., rows) or (..., cols) in the dtype of x; sums are taken in float32 or wider.
-    """
-    flat = widen(x).reshape(-1, x.shape[-1])
-    rows, columns = pattern.rows(), pattern.columns.long()
-    where = torch.stack([rows, columns] if to_rows else [columns, rows])
-    size = pattern.shape if to_rows else pattern.shape[::-1]
-    # COO: CSR products need MKL, which not every build of torch has
-    delta = torch.sparse_coo_tensor(where, values.to(flat.dtype), size, check_invariants=False)
-    with without_autocast(x):
-        y: Tensor = torch.sparse.mm(delta, flat.t().contiguous()).t()
-    return y.to(x.dtype).reshape(*x.shape[:-1], size[0])
 
 
 def as_autocast(tensor: Tensor | None) -> Any:

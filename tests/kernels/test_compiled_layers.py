@@ -57,7 +57,7 @@ def check(layer: Layer, tensors: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("limit", [1.0, -1], ids=["sampled", "row blocks"])
-@pytest.mark.parametrize("which", ["resident"])
+@pytest.mark.parametrize("which", ["resident", "delta"])
 def test_sparse_layers(monkeypatch, make_pattern, make_site, which, limit, conv1d) -> None:
     monkeypatch.setattr(outer_at, "SAMPLED_UP_TO", {"cpu": limit})
     site = make_site(make_pattern(*((IN, OUT) if conv1d else (OUT, IN)), K))
