@@ -6,6 +6,7 @@ import torch
 from sft.kernels import outer_at
 from sft.kernels import topk_outer as topk_module
 from sft.kernels.outer import DenseOuter, LookupOuter
+from sft.kernels.pattern import Pattern
 from sft.kernels.topk_outer import topk_outer, topk_outer_reference
 
 
@@ -109,3 +110,12 @@ def test_too_high_a_guess_is_noticed(on_tiles, monkeypatch) -> None:
     monkeypatch.setattr(topk_module, "_threshold", lambda *_: (torch.tensor(1e9), 0.1))
     assert torch.equal(topk_outer(outer, 40), topk_outer_reference(outer, 40))
     assert len(on_tiles) == 1
+
+
+def test_a_support_of_the_largest_leaves_enough_above_the_guess(on_tiles, monkeypatch) -> None:
+    outer = crowded()
+    largest = topk_outer_reference(outer, 300)
+    exclude = Pattern(largest.int(), outer.shape)
+    expected = topk_outer_reference(outer, 40, exclude)
+    monkeypatch.setattr(topk_module, "_from_blocks", lambda *_: pytest.fail("the guess was lost"))
+    assert torch.equal(topk_outer(outer, 40, exclude), expected)
