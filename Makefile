@@ -47,7 +47,7 @@ bench: env  ## measure methods, peers and kernels side by side (about 15 minutes
 	@$(PHASE) "methods and peers" $(BIN)/python benchmarks/methods.py
 	@$(PHASE) "several adapters" $(BIN)/python benchmarks/switching.py
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
-	@$(PHASE) kernels $(BIN)/python benchmarks/kernels.py
+	@$(PHASE) kernels $(BIN)/python benchmarks/kernel_costs.py
 	@$(PHASE) imports $(BIN)/python benchmarks/imports.py
 	@$(BIN)/python benchmarks/report.py
 

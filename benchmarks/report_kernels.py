@@ -6,11 +6,11 @@ from typing import Any
 
 
 def section(result: dict[str, Any]) -> str:
-    """Describe `benchmarks/kernels.py`."""
+    """Describe `benchmarks/kernel_costs.py`."""
     machine = result["machine"]
     rows = [
         "## Ops on the CPU\n",
-        "`python benchmarks/kernels.py`: milliseconds of CPU time of an op, and of what plain "
+        "`python benchmarks/kernel_costs.py`: milliseconds of CPU time of an op, and of what plain "
         f"torch would do, interleaved; {machine['threads']} threads of {machine['processor']}. "
         "Noise is drawn by counters, the same on every device, which torch's own is not; AdamW "
         "counts an age for each entry; what is kept in int8 is rounded without bias.\n",

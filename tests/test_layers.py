@@ -122,3 +122,9 @@ def test_a_planted_violation_is_caught(source: str, package: str) -> None:
 )
 def test_a_lawful_import_passes(source: str, package: str) -> None:
     assert violations(source, package) == []
+
+
+def test_no_file_on_the_path_is_taken_for_another_package() -> None:
+    """Transformers imports `kernels` by this name; a benchmark of ours would be run in its place."""
+    on_path = [ROOT / "benchmarks", ROOT / "tests/kernels"]
+    assert not [f for folder in on_path for f in folder.iterdir() if f.stem in ROOMS]

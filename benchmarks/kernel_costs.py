@@ -1,6 +1,6 @@
 """Measure the ops on the CPU, audit their GPU code, and bound its time on an H100 by a model.
 
-    python benchmarks/kernels.py [--rounds 9] [--targets sm_90 ...] [--out FILE]
+    python benchmarks/kernel_costs.py [--rounds 9] [--targets sm_90 ...] [--out FILE]
 
 CPU: process CPU time of each op beside what plain torch would do, interleaved. GPU code: every
 build of tests/kernels/device_cases is compiled for each target, without a GPU, and read back.
