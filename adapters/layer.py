@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
-from sft.adapters.merging import MergeStack, announce, check_mergeable
+from sft.adapters.merging import MergeStack, announce, check_mergeable, own_index
 from sft.adapters.region import Region, Whole
 from sft.adapters.residency import Due, Residence, Residency, obstacle
 from sft.adapters.state import look_again, watch_state
@@ -339,7 +339,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         weight = self._stored_weight()
         check_mergeable(weight)
         for name in names:
-            region = self.merge_region(name)
+            region = self.merge_region(name).mapped(own_index)
             originals = region.read(weight)
             merged = self.merged_values(name, originals)
             if safe_merge and not bool(torch.isfinite(merged).all()):

@@ -18,8 +18,8 @@ class MergeStack:
         self._stack: list[tuple[Region, Tensor]] = []
 
     def push(self, region: Region, originals: Tensor) -> None:
-        """Remember what the region held; where it lies is copied."""
-        self._stack.append((region.mapped(torch.clone), originals))
+        """Remember what the region held; see `own_index`."""
+        self._stack.append((region, originals))
 
     def undo(self, weight: Tensor) -> None:
         """Write all originals back, the last merged first."""
@@ -39,6 +39,11 @@ class MergeStack:
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast along with the layer."""
         self._stack = [(region.mapped(fn), fn(originals)) for region, originals in self._stack]
+
+
+def own_index(indices: Tensor) -> Tensor:
+    """Return a copy that no change of the adapter reaches, in the dtype that writing asks for."""
+    return indices.to(torch.int64, copy=True)
 
 
 def check_mergeable(weight: Tensor) -> None:
