@@ -44,7 +44,7 @@ def step(model, forward) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
-CASES = [("spiel", True), ("s2ft", True), ("s2ft", False)]
+CASES = [("spiel", True), ("spiel", False), ("s2ft", True), ("s2ft", False)]
 
 
 @pytest.mark.parametrize("name, resident", CASES, ids=lambda v: str(v))
