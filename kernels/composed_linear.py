@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sft.kernels.compose_weight import compose_weight
 from sft.kernels.kept import Kept, form_of, keep, restore
 from sft.kernels.outer import DenseOuter
 from sft.kernels.pattern import Pattern
@@ -19,7 +20,6 @@ from sft.kernels.sparse_linear import (
     check_stamp,
     linear,
     stamp_of,
-    without_autocast,
 )
 
 Scale = float | Tensor
@@ -59,43 +59,12 @@ def composed_linear(
         (..., out) in the dtype of x, or of the ambient autocast.
 
     Paper: SLTrain, arXiv 2406.02214. Their code allocates W twice and dW once for each layer and
-    step, and scatters atomically; positions are unique, so a plain indexed add is enough.
+    step.
     """
     x, bias = as_autocast(x), as_autocast(bias)
     form = form_of(x, values, saved_inputs)
     y: Tensor = _Composed.apply(x, a, b, values, scale, bias, site, form, conv1d)  # type: ignore[no-untyped-call]
     return y
-
-
-def compose_weight(
-    a: Tensor,
-    b: Tensor,
-    values: Tensor,
-    scale: Scale,
-    pattern: Pattern,
-    *,
-    conv1d: bool = False,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return c B A + S in the stored shape of the weight, without gradient.
-
-    Args:
-        a: (r, in).
-        b: (out, r).
-        values: (k,) the sparse entries.
-        scale: c.
-        pattern: their positions in the stored shape.
-        conv1d: the stored shape is (in, out).
-        out: where to write, contiguous; its dtype is computed in. By default a new tensor in the
-            dtype of `a`.
-    """
-    if out is None:
-        out = a.new_empty(pattern.shape)
-    first, second = (a.t(), b.t()) if conv1d else (b, a)
-    with torch.no_grad(), without_autocast(a):
-        torch.mm((first * scale).to(out.dtype), second.to(out.dtype), out=out)
-        out.view(-1).index_add_(0, pattern.indices, values.to(out.dtype))
-    return out
 
 
 class _Composed(torch.autograd.Function):

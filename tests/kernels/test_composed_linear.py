@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sft.kernels.compose_weight import compose_weight
 from sft.kernels.composed_linear import (
     _workspace,
-    compose_weight,
     composed_linear,
     composed_linear_reference,
 )
