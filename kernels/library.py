@@ -10,11 +10,12 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 VARIABLE = "SFT_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -44,11 +45,20 @@ def define(
     name = schema.partition("(")[0]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if implementation(_device((*args, *kwargs.values()))) == "triton":
-            return launcher(triton)(*args, **kwargs)
-        return plain(*args, **kwargs)
+        if implementation(_device((*args, *kwargs.values()))) != "triton":
+            return plain(*args, **kwargs)
+        found = launcher(triton)(*args, **kwargs)
+        # operations of torch raise versions by themselves, kernels do not
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for tensor in _tensors(given[name] for name in written):
+            if not tensor.is_inference():
+                increment_version(tensor)
+        return found
 
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    arguments = getattr(torch.ops.sft, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sft::{name}", fake, lib=_library)
     OPS[name], LAUNCHERS[name] = getattr(torch.ops.sft, name).default, triton
@@ -119,8 +129,12 @@ def _installed() -> bool:
 
 def _device(args: Iterable[Any]) -> torch.device:
     """Return the device of the first tensor among arguments and lists of them."""
+    return next((tensor.device for tensor in _tensors(args)), torch.device("cpu"))
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments and lists of them."""
     for arg in args:
         for value in arg if isinstance(arg, (list, tuple)) else (arg,):
             if isinstance(value, Tensor):
-                return value.device
-    return torch.device("cpu")
+                yield value

@@ -36,7 +36,7 @@ class ResidentHomes:
     def find(self, parameter: Tensor) -> Home | None:
         """Return where a parameter's values live now, or None: they are not written."""
         layer = self._places.get(id(parameter))
-        due = None if layer is None or layer.content is None else layer.due()
+        due = None if layer is None else layer.due()
         if due is None or due.residence.values is not parameter:
             return None
         self._found[id(parameter)] = due

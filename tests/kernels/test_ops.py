@@ -126,6 +126,27 @@ def test_the_chosen_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None
         del OPS["probe"]
 
 
+def test_what_a_launcher_writes_to_has_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after any operation in place: of tensors in lists as well, and of no other."""
+    op = define(
+        "probe_(Tensor(a!)[] values, Tensor scale, Tensor(b!) state) -> ()",
+        plain=lambda *_: None,
+        triton="probe:probe_",
+        fake=lambda *_: None,
+    )
+    try:
+        monkeypatch.setattr(library, "launcher", lambda where: lambda *_: None)
+        monkeypatch.setattr(library, "_installed", lambda: True)
+        monkeypatch.setattr(library, "TRITON_DEVICES", {"cpu"})
+        parameter, scale, state = torch.nn.Parameter(torch.ones(2)), torch.ones(1), torch.ones(1)
+        op([parameter.detach()], scale, state=state)
+        assert (parameter._version, scale._version, state._version) == (1, 0, 1)
+        with torch.inference_mode():
+            op([torch.ones(2)], scale, state)
+    finally:
+        del OPS["probe_"], library.LAUNCHERS["probe_"]
+
+
 def test_triton_is_imported_late() -> None:
     code = "import sys, sft, sft.kernels.library; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

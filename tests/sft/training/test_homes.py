@@ -114,6 +114,19 @@ def test_what_moves_after_the_update_is_written_as_well(model, batch, writes) ->
     leave_resident(model)
 
 
+def test_a_sync_restores_what_is_asked_for_no_more(model, batch) -> None:
+    layers = list(sparse_layers(model).values())
+    before = contents(model)
+    with sft.resident(model):
+        train(model, optimizer_of(model), batch, updates=1)
+        for layer in layers:
+            layer._disable_adapters = True  # past the verb, which would restore by itself
+        sync_resident(model)
+        assert [layer.content for layer in layers] == [None] * len(layers)
+    kept = [i for i, p in enumerate(model.parameters()) if not p.requires_grad]
+    assert all(torch.equal(contents(model)[i], before[i]) for i in kept)
+
+
 def test_without_homes_all_layers_are_written_at_once(model, batch, writes) -> None:
     with sft.resident(model):
         writes.clear()
