@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 import sft
 from sft.adapters.layer import sparse_layers
@@ -13,6 +14,18 @@ from sft.adapters.resident import enter_resident, sync_resident
 pytestmark = pytest.mark.filterwarnings("ignore")  # the tracer warns of what it does itself
 
 IDS = torch.arange(20).view(2, 10)
+X = torch.linspace(-1, 1, 28).view(2, 14)
+
+
+class Small(nn.Module):
+    """Traced in a fraction of the time that a language model takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(14, 20), nn.Linear(20, 14, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).tanh())
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +34,13 @@ def forgotten():
 
 
 def adapted(llama, name: str, *, resident: bool):
-    config = {
-        "spiel": sft.SpielConfig(density=0.05, target_modules="all-linear"),
-        "s2ft": sft.S2FTConfig(density=0.2, selection="random"),
-    }[name]
-    model = get_peft_model(llama(num_hidden_layers=1), config)
     torch.manual_seed(1)
+    if name == "spiel":
+        config = sft.SpielConfig(density=0.05, target_modules=["up", "down"])
+        model = get_peft_model(Small(), config)
+    else:
+        config = sft.S2FTConfig(density=0.2, selection="random")
+        model = get_peft_model(llama(num_hidden_layers=1), config)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -39,12 +53,15 @@ def adapted(llama, name: str, *, resident: bool):
 def step(model, forward) -> list[torch.Tensor]:
     """The loss, and the gradients of all that is trained."""
     model.zero_grad()
-    loss = forward(input_ids=IDS, labels=IDS).loss
+    if isinstance(model.base_model.model, Small):
+        loss = forward(X).square().sum()
+    else:
+        loss = forward(input_ids=IDS, labels=IDS).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
-CASES = [("spiel", True), ("spiel", False), ("s2ft", True), ("s2ft", False)]
+CASES = [("spiel", True), ("spiel", False), ("s2ft", True)]
 
 
 @pytest.mark.parametrize("name, resident", CASES, ids=lambda v: str(v))
