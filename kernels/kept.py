@@ -80,23 +80,39 @@ def restore(kept: Kept, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype) if codes.dtype == torch.bfloat16 else codes
 
 
-def form_in(form: str, *, training: bool) -> str:
-    """Return the form that a layer asks for; without gradients draw a number all the same.
+def pass_over() -> None:
+    """Move the generator by the number that an input would be kept with, where it is not kept.
 
-    Reentrant checkpointing runs a layer without gradients at first, and later from the generator's
-    state then: if nothing moved the generator, all layers and steps would be given one key.
+    A layer draws one number a call in training, whatever becomes of it. Checkpointing runs a layer
+    twice from one state of the generator, and keeps its input in one of the two alone: if dropout
+    came upon another state there, forward and backward would be of different functions.
     """
-    if form != "full" and training and not torch.is_grad_enabled():
-        _draw_key()
-    return form
+    _draw_key()
+
+
+def form_in(form: str, trained: Tensor, *, training: bool) -> str:
+    """Return the form that a layer asks for.
+
+    Args:
+        form: one of `FORMS`.
+        trained: what has a gradient by the input.
+        training: the layer's mode.
+    """
+    if form == "full" or not trained.requires_grad:
+        return "full"
+    if torch.is_grad_enabled():
+        return form
+    if training:
+        pass_over()
+    return "full"
 
 
 def form_of(x: Tensor, trained: Tensor, wanted: str, *, copied: bool = False) -> str:
     """Return in which form backward's input is kept; a custom function can't tell in its forward.
 
-    In full where no backward comes, and where what made x keeps it for its own: to keep it in fewer
-    bits as well would be to keep more. Attention does, whose output the next projection reads
-    through views; so do relu and tanh.
+    In full where no backward comes, where x has no more bits, and where what made x keeps it: to
+    keep it in fewer bits as well would be to keep more. Attention keeps its output, which the next
+    projection reads through views; so do relu and tanh.
 
     Args:
         x: the input, as the function takes it.
@@ -106,12 +122,18 @@ def form_of(x: Tensor, trained: Tensor, wanted: str, *, copied: bool = False) ->
     """
     if wanted == "full" or not (torch.is_grad_enabled() and trained.requires_grad):
         return "full"
+    if wanted == "bfloat16" and x.element_size() <= 2:
+        pass_over()
+        return "full"
     # a tracer has no graph of gradients yet
     if copied or torch.compiler.is_compiling():
         return wanted
     owner = x if x._base is None else x._base
     kept = owner.grad_fn is not None and _keeps_its_result(type(owner.grad_fn))
-    return "full" if kept else wanted
+    if kept:
+        pass_over()
+        return "full"
+    return wanted
 
 
 @functools.cache

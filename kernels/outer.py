@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sft.kernels.kept import Kept, keep, restore
+from sft.kernels.kept import Kept, keep, pass_over, restore
 from sft.kernels.outer_at import outer_at, wide_product, widen
 from sft.kernels.pattern import Pattern
 
@@ -144,11 +144,17 @@ class SharedInput:
 
         self._input = weakref.ref(x, forget)
 
+    def close(self) -> None:
+        """Forget what is kept: no more readers come."""
+        self._kept.clear()
+
     def keep(self, x: Tensor, form: str) -> Kept:
         """Return x as backward is to find it; see `sft.kernels.kept`."""
         if form == "full" or self._input is None:
             return keep(x, form)
-        if form not in self._kept:
+        if form in self._kept:
+            pass_over()
+        else:
             self._kept[form] = keep(x, form)
         return self._kept[form]
 
@@ -181,6 +187,9 @@ def shared_input(x: Tensor, dtype: torch.dtype) -> SharedInput:
         same = known() is x and version == x._version and kind == dtype
         if same and shared is not None:
             return shared
+        if shared is not None:
+            # checkpoints keep inputs of blocks alive, but nothing that was kept of them
+            shared.close()
     shared = SharedInput()
     shared.follow(x)
     _latest = (weakref.ref(x), x._version, dtype, weakref.ref(shared))

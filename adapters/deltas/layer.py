@@ -115,7 +115,7 @@ class DeltaLayer(SparseLayer):
         if self.kind is Kind.EMBEDDING:
             return resident_embedding(x, base.weight, values, site, base.padding_idx)
         conv1d = self.kind is Kind.CONV1D
-        form = form_in(site.saved_inputs, training=self.training)
+        form = form_in(site.saved_inputs, values, training=self.training)
         return resident_linear(
             x, base.weight, base.bias, values, site, conv1d=conv1d, saved_inputs=form
         )
@@ -128,7 +128,7 @@ class DeltaLayer(SparseLayer):
             scale = self._get_embed_scale()
             return y if scale is None else y * scale.to(y.dtype)
         conv1d = self.kind is Kind.CONV1D
-        form = form_in(site.saved_inputs, training=self.training)
+        form = form_in(site.saved_inputs, values, training=self.training)
         return delta_linear(x, values, site, conv1d=conv1d, saved_inputs=form)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

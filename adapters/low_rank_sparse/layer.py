@@ -22,7 +22,8 @@ from sft.adapters.support import (
     fingerprint,
     support_hash,
 )
-from sft.kernels.composed_linear import compose_weight, composed_linear
+from sft.kernels.compose_weight import compose_weight
+from sft.kernels.composed_linear import composed_linear
 from sft.kernels.factored_linear import Scale, factored_is_faster, factored_linear
 from sft.kernels.kept import form_in
 from sft.kernels.pattern import Pattern
@@ -128,7 +129,7 @@ class SLTrainLinear(SparseLayer):
         """Apply the layer while W holds the sparse part."""
         base, site = self.get_base_layer(), self._ready(name)
         conv1d = self.kind is Kind.CONV1D
-        form = form_in(self._settings[name].saved_inputs, training=self.training)
+        form = self._form(name)
         return factored_linear(
             x,
             *self._parts(name),
@@ -153,8 +154,12 @@ class SLTrainLinear(SparseLayer):
             kernel = "factored" if fast else "compose"
         op = factored_linear if kernel == "factored" else composed_linear
         conv1d, site = self.kind is Kind.CONV1D, self._ready(name)
-        form = form_in(self._settings[name].saved_inputs, training=self.training)
+        form = self._form(name)
         return op(x, a, b, values, scale, site, bias=bias, conv1d=conv1d, saved_inputs=form)
+
+    def _form(self, name: str) -> str:
+        values, wanted = self.sltrain_values[name], self._settings[name].saved_inputs
+        return form_in(wanted, values, training=self.training)
 
     def merge_region(self, name: str) -> Region:
         """Return all of W: B A reaches every entry."""

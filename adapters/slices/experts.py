@@ -107,21 +107,24 @@ class SliceExperts(SliceLinear):
         if held is not None and len(slices[held][expert].indices):
             own = slices[held][expert]
             y = resident_slice_linear(
-                h, weight, bias, own.values, own, conv1d=conv1d, saved_inputs=self._form(own)
+                h, weight, bias, own.values, own, conv1d=conv1d, saved_inputs=self._form(held)
             )
         else:
             y = linear(h, weight, bias, conv1d=conv1d)
-        for own in (each[expert] for each in slices.values() if held is None):
-            if len(own.indices):
-                form, count = self._form(own), self.out_features
+        for name, each in slices.items():
+            own = each[expert]
+            if held is None and len(own.indices):
+                form, count = self._form(name), self.out_features
                 added = slice_linear(h, own.values, own, out_features=count, saved_inputs=form)
                 y = y + added.to(y.dtype)
         if base.has_post_expert_norm:
             y = base.post_expert_norm(y)
         return y
 
-    def _form(self, own: _Slice) -> str:
-        return form_in(own.site.saved_inputs, training=self.training)
+    def _form(self, name: str) -> str:
+        # asked of all of them: without gradients, parts of a parameter need none
+        values = self.s2ft_values[name]
+        return form_in(self._sites[name].saved_inputs, values, training=self.training)
 
     def _slices(self, name: str) -> list[_Slice]:
         """Return what each expert trains."""

@@ -115,7 +115,7 @@ class SliceLinear(SparseLayer):
     def aside(self, x: Tensor, name: str) -> Tensor:
         """Return x[:, idx] P, or x P^T at the outputs idx."""
         site, values = self._ready(name), self.s2ft_values[name]
-        form = form_in(site.saved_inputs, training=self.training)
+        form = form_in(site.saved_inputs, values, training=self.training)
         return slice_linear(x, values, site, out_features=self.out_features, saved_inputs=form)
 
     def lines(self, indices: Tensor) -> Region:
@@ -130,7 +130,7 @@ class SliceLinear(SparseLayer):
         """Apply the one GEMM; backward reaches the slice alone."""
         base, values, site = self.get_base_layer(), self.s2ft_values[name], self._ready(name)
         conv1d = self.kind is Kind.CONV1D
-        form = form_in(site.saved_inputs, training=self.training)
+        form = form_in(site.saved_inputs, values, training=self.training)
         return resident_slice_linear(
             x, base.weight, base.bias, values, site, conv1d=conv1d, saved_inputs=form
         )

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sft.kernels import kept, outer
 from sft.kernels.composed_linear import composed_linear
 from sft.kernels.factored_linear import factored_linear
-from sft.kernels.kept import keep, restore
+from sft.kernels.kept import form_in, keep, restore
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear
 from sft.kernels.sparse_linear import delta_linear, resident_linear
 
@@ -266,6 +266,85 @@ def test_recomputation_gives_the_same_bits(form: str, reentrant: bool, site: Any
 
     for found, wanted in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(found, wanted)
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "made in the block": lambda x: x * 2,
+    "of the block": lambda x: x,
+    "kept by its maker": torch.tanh,
+    "half": lambda x: x.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_dropout_after_readers_is_recomputed_as_it_was(
+    make: Callable[[Tensor], Tensor], form: str, frozen: bool, reentrant: bool, site: Any
+) -> None:
+    readers, masks = [parts(resident) for _ in range(3)], []
+    readers[1]["values"].requires_grad_(not frozen)
+
+    def block(x: Tensor) -> Tensor:
+        h = make(x)
+        for part in readers:
+            wanted = form_in(form, part["values"], training=True)
+            masks.append(torch.nn.functional.dropout(resident(h, part, site, wanted), 0.5) != 0)
+        return masks[-1] * resident(h, readers[0], site, "full")
+
+    x = torch.randn(8, IN, requires_grad=True)
+    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    assert len(masks) == 6
+    assert all(map(torch.equal, masks[:3], masks[3:]))
+
+
+def test_a_layer_draws_one_number_a_call_in_training() -> None:
+    values, states = torch.ones(1, requires_grad=True), []
+    for training in (True, False):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            assert form_in("int8", values, training=training) == "full"
+        states.append(torch.get_rng_state())
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), states[1])
+    keep(torch.ones(1), "int8")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert form_in("int8", values, training=False) == "int8"
+    assert form_in("int8", values.detach(), training=True) == "full"
+    assert torch.equal(torch.get_rng_state(), states[0])
+
+
+def test_of_an_input_that_lives_nothing_is_held_past_its_readers(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint holds the inputs of its blocks."""
+    made = []
+
+    def watched(x: Tensor, form: str) -> Any:
+        found = keep(x, form)
+        made.append(weakref.ref(found.codes))
+        return found
+
+    monkeypatch.setattr(outer, "keep", watched)
+    inputs, outputs = [torch.randn(8, IN) for _ in range(3)], []
+    with saved_tensors_hooks(lambda t: None, lambda _: None):
+        outputs += [resident(x, parts(resident), site, "int8") for x in inputs]
+    assert [found() is None for found in made] == [True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_held_by_what_would_keep_it(site: Any, dtype: torch.dtype) -> None:
+    part = {name: t.detach().to(dtype) for name, t in parts(resident).items()}
+    part["values"].requires_grad_()
+    x = torch.randn(8, IN, dtype=dtype)
+    held = weakref.ref(x)
+    with saved_tensors_hooks(lambda t: None, lambda _: None):
+        y = resident(x, part, site, "bfloat16")
+    del x
+    gc.collect()
+    assert held() is None
+    assert y.requires_grad
 
 
 def test_under_autocast_the_cast_input_is_kept(site: Any) -> None:
