@@ -16,6 +16,7 @@ import method_results
 import plots
 import report_methods
 import report_performance
+import report_saved_inputs
 import report_zeroth_order
 
 HERE = Path(__file__).parent
@@ -210,6 +211,7 @@ SECTIONS = {
     "quickstart": quickstart_section,
     "recipes": recipes_section,
     "switching": switching_section,
+    "saved_inputs": report_saved_inputs.section,
     "imports": imports_section,
     "crossover": crossover_section,
     "zeroth_order_step": report_zeroth_order.step_section,
