@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sft.kernels.cpu import native
 from sft.kernels.cpu.displace import Item, coefficient, displace_on_cpu
 from sft.kernels.library import define, implementation
 from sft.kernels.mask import Mask, coded, decoded, mask_of
@@ -124,10 +125,10 @@ def draw_ahead(
     """Draw the words of many tensors at once, for several calls of `displace`.
 
     A bit a weight for each key (16 or 32 for the normals). Empty for other devices than the CPU,
-    which draw in registers.
+    and where compiled code runs: they draw in registers.
     """
     check_kind(kind)
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or native.wanted():
         return Drawn(kind, {})
     tiles = [-(-numel // TILE) for numel in numels]
     runs = [Run(parameter, 0, count) for parameter, count in zip(parameters, tiles, strict=True)]

@@ -30,6 +30,10 @@ class Magnitude:
         edge = _above(self.threshold, weight.dtype)
         torch.ops.aten.hardtanh_backward.grad_input(moved, weight, -edge, edge, grad_input=moved)
 
+    def plainly(self) -> tuple[int, int, float, int]:
+        """Return what compiled code takes: the kind, a key, a bound in float32, one of 16 bits."""
+        return MAGNITUDE, 0, at_most(self.threshold, torch.float32), 0
+
 
 @dataclass(frozen=True)
 class Random:
@@ -57,6 +61,10 @@ class Random:
         words = tile_words(self.key, [run], "gaussian_table", MASK)
         field = fields(words).view(-1)[first : first + len(moved)]
         moved.masked_fill_(field >= self.limit, 0.0)
+
+    def plainly(self) -> tuple[int, int, float, int]:
+        """Return what compiled code takes: the kind, a key, a bound in float32, one of 16 bits."""
+        return RANDOM, self.key % 2**64, 0.0, self.limit
 
 
 Mask: TypeAlias = "Magnitude | Random"
@@ -102,10 +110,17 @@ def decoded(kind: int, key: int, limit: float) -> Mask | None:
     return None if kind == NONE else Magnitude(limit)
 
 
+def at_most(threshold: float, dtype: torch.dtype) -> float:
+    """Return the largest number of the dtype (float64, or else float32) up to a threshold."""
+    if dtype == torch.float64:
+        return threshold
+    found = np.float32(threshold)
+    if float(found) > threshold:  # numpy would round the threshold to the dtype first
+        found = np.nextafter(found, np.float32(-math.inf))
+    return float(found)
+
+
 def _above(threshold: float, dtype: torch.dtype) -> float:
     """Return the smallest number of the dtype above a threshold."""
     number = np.float64 if dtype == torch.float64 else np.float32
-    below = number(threshold)
-    if float(below) > threshold:  # numpy would round the threshold to the dtype first
-        below = np.nextafter(below, number(-math.inf))
-    return float(np.nextafter(below, number(math.inf)))
+    return float(np.nextafter(number(at_most(threshold, dtype)), number(math.inf)))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sft.kernels.cpu import native
 from sft.kernels.noise import LAYOUTS, TILE, Run, blocks, fill, rounded, tile_words
 from sft.kernels.philox import BLOCK
 
@@ -28,6 +29,9 @@ class Hides(Protocol):
             run: tiles that hold the n weights.
             first: where they start in the run.
         """
+
+    def plainly(self) -> tuple[int, int, float, int]:
+        """Return what compiled code takes: the kind, a key, a bound in float32, one of 16 bits."""
 
 
 class Item(NamedTuple):
@@ -48,12 +52,17 @@ def displace_on_cpu(
 
     So are those of another device, for which there may be no kernel.
     """
+    compiled = native.wanted()
     flat: dict[torch.dtype, list[Item]] = {torch.float32: [], torch.float64: []}
     for item in items:
         wide = torch.promote_types(item.weight.dtype, torch.float32)
         if all(t.is_contiguous() and t.device.type == "cpu" for t in (item.weight, item.out)):
             weight, out = item.weight.detach().view(-1), item.out.detach().view(-1)
-            flat[wide].append(item._replace(weight=weight, out=out))
+            item = item._replace(weight=weight, out=out)
+            if compiled and native.serves(item, kind):
+                native.move(item, draws, kind)
+            else:
+                flat[wide].append(item)
             continue
         for piece in _pieces(item):
             weight = piece.weight.cpu().reshape(-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sft.kernels.cpu.displace import coefficient
-from sft.kernels.mask import MAGNITUDE, NONE, RANDOM, Random
+from sft.kernels.mask import MAGNITUDE, NONE, RANDOM, Random, at_most
 from sft.kernels.noise import LAYOUTS, MASK, NOISE, TILE, normal_table, signed
 from sft.kernels.triton.noise import fields, normals, scaled
 from sft.kernels.triton.table import TYPES, address, place, sent, table
@@ -176,15 +175,7 @@ def limit_bits(mask: int, limit: float, wide: torch.dtype) -> int:
     """Return a mask's bound as a kernel takes it: bits of a magnitude, or 16 random bits."""
     if mask == RANDOM:
         return Random(0, limit).limit
-    return bits(_at_most(limit, wide)) if mask == MAGNITUDE else 0
-
-
-def _at_most(threshold: float, wide: torch.dtype) -> float:
-    """Return the largest number of the dtype up to a threshold: |w| is compared in that dtype."""
-    number = np.float32(threshold)
-    if wide == torch.float64 or float(number) <= threshold:
-        return _held(threshold, wide)
-    return float(np.nextafter(number, np.float32(-math.inf)))
+    return bits(at_most(limit, wide)) if mask == MAGNITUDE else 0
 
 
 def _held(number: float, wide: torch.dtype) -> float:
