@@ -1,6 +1,6 @@
 """Time the import of the package against transformers + peft, and the command's help.
 
-    python benchmarks/imports.py [--rounds 5] [--out FILE]
+    python benchmarks/imports.py [--rounds 3] [--out FILE]
 
 Each start is a new process; the figure is the median of its own CPU seconds, all interleaved.
 """
@@ -39,7 +39,7 @@ def start(code: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out = Path(__file__).parent / "results/imports.json"
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
     steps = {name: lambda code=code: start(code) for name, code in STARTS.items()}

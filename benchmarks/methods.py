@@ -1,6 +1,6 @@
 """Measure a training step of every method and peer: time by part, bytes, memory, file.
 
-    python benchmarks/methods.py [--minutes 11] [--only CASE ...] [--cells CELL ...] [--out FOLDER]
+    python benchmarks/methods.py [--minutes 5] [--only CASE ...] [--cells CELL ...] [--out FOLDER]
 
 A cell is a dtype, a batch and a length. Its cases run interleaved in one process, one step of each
 a round, and every round keeps the process CPU seconds of forward, backward, optimizer and
@@ -94,7 +94,7 @@ CELLS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--minutes", type=float, default=7, help="of timing, all cells together")
+    parser.add_argument("--minutes", type=float, default=5, help="of timing, all cells together")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     names = [cell.name for cell in CELLS]
     parser.add_argument("--cells", nargs="*", choices=names, default=names)

@@ -110,9 +110,11 @@ def _sweep(lines: dict[str, dict[str, float]]) -> Any:
         axes.plot(tokens, heights, style, color=color, marker="o", label=label)
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
+    ticks = sorted({int(t) for points in lines.values() for t in points})
+    axes.set_xticks(ticks, labels=[str(t) for t in ticks])
     axes.set_xlabel("tokens in a batch")
     axes.set_ylabel("step time over the frozen floor")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure
