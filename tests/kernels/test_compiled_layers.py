@@ -101,3 +101,20 @@ def test_an_update_compiles_nothing_anew(make_pattern, make_site) -> None:
         site.stamp = step
         gradients(compiled, operands(K, False))
     assert graphs.frame_count == 1
+
+
+def test_batches_of_other_lengths_share_a_graph(make_pattern, make_site) -> None:
+    """One for the first, and one for all others."""
+    site = make_site(make_pattern(OUT, IN, K))
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        return resident_linear(x, weight, bias, values, site, conv1d=False)
+
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
+    for batch, length in [(3, 7), (5, 9), (4, 11), (2, 13)]:
+        tensors = [torch.randn(batch, length, IN), *operands(K, False)[1:]]
+        found, expected = gradients(compiled, tensors), gradients(layer, tensors)
+        for mine, eager in zip(found[:1] + found[3:], expected[:1] + expected[3:], strict=True):
+            torch.testing.assert_close(mine, eager)
+    assert graphs.frame_count == 2

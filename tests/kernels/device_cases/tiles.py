@@ -21,10 +21,12 @@ def operands(tokens: int, rows: int, cols: int, dtype: torch.dtype) -> tuple[Ten
     return left, right[:, ::2] if cols > 1 else right[:, :1].clone()
 
 
-def picked(tokens: int, rows: int, cols: int, k: int, side: int) -> Any:
+def picked(
+    tokens: int, rows: int, cols: int, k: int, side: int, index: torch.dtype = torch.int32
+) -> Any:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(k)
-        at = torch.randperm(rows * cols, generator=generator)[:k].sort().values.int()
+        at = torch.randperm(rows * cols, generator=generator)[:k].sort().values.to(index)
         pattern = Pattern(at, (rows, cols))
         return *operands(tokens, rows, cols, dtype), at, *pattern.tiles(side), side
 
@@ -93,6 +95,7 @@ CASES = {
                 ("empty tiles", picked(16, 256, 256, 3, 64), FLOATS),
                 ("large tiles", picked(65, 130, 260, 500, 128), FLOATS),
                 ("tiles not sorted yet", unsorted(9, 70, 80, 60, 64), FLOATS[:1]),
+                ("of 64 bits", picked(9, 70, 80, 60, 64, torch.int64), FLOATS[:1]),
                 ("in float64", picked(9, 70, 80, 60, 64), (torch.float64,)),
                 ("a band of tiles and more", picked(2, 640, 70, 50, 64), FLOATS[:1]),
             ),
