@@ -177,6 +177,7 @@ def measure(pair: Pair, base: nn.Module, rounds: int) -> dict[str, Any]:
             key: sum(p.numel() for n, p in model.named_parameters() if f".{NAMES[0]}" in n)
             for key, model in models.items()
         },
+        "weights_of_the_matrices": sum(tensor.numel() for tensor in before["ours"].values()),
         "verbs": {
             verb: {key: round(value, 5) for key, value in seconds[verb].items()}
             | {"lora_over_ours": round(seconds[verb]["lora"] / seconds[verb]["ours"], 2)}
