@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sft
 from sft.adapters.layer import sparse_layers
@@ -67,7 +68,7 @@ CASES = [("spiel", True), ("spiel", False), ("s2ft", True)]
 @pytest.mark.parametrize("name, resident", CASES, ids=lambda v: str(v))
 def test_updates_reach_one_graph(llama, name, resident) -> None:
     model = adapted(llama, name, resident=resident)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = None

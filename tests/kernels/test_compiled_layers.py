@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sft.kernels import outer_at
 from sft.kernels.slice_linear import resident_slice_linear, slice_linear
@@ -95,7 +96,7 @@ def test_an_update_compiles_nothing_anew(make_pattern, make_site) -> None:
     def layer(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor) -> Tensor:
         return resident_linear(x, weight, bias, values, site, conv1d=False)
 
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=graphs)
     for step in range(3):
         site.stamp = step
@@ -110,7 +111,7 @@ def test_batches_of_other_lengths_share_a_graph(make_pattern, make_site) -> None
     def layer(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor) -> Tensor:
         return resident_linear(x, weight, bias, values, site, conv1d=False)
 
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=graphs)
     for batch, length in [(3, 7), (5, 9), (4, 11), (2, 13)]:
         tensors = [torch.randn(batch, length, IN), *operands(K, False)[1:]]
