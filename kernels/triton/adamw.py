@@ -79,9 +79,8 @@ def _launch(
     columns = (values, grads, exp_avgs, exp_avg_sqs, ages, indices, originals, weights)
     for *streams, of, tau in alike(*columns, bounds):
         streamed = [column for column in streams if column]
-        others = [[weight.data_ptr() for weight in of]] if of else []
-        others += [[_bits(bound.item()) for bound in tau]] if tau else []
-        rows = table(streamed, *others)
+        bits = [[_bits(bound.item()) for bound in tau]] if tau else []
+        rows = table(streamed, *([of] if of else []), *bits)
         first = streamed[0][0]
         tables = bias_tables((beta1, beta2), reference, first.device)
         assert tables is not None

@@ -18,8 +18,8 @@ _BITS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 def gather_many(weights: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """Launch `sft.kernels.gather.gather_many`."""
     found = [w.new_empty(at.shape) for w, at in zip(weights, indices, strict=True)]
-    for at, out, of in alike(indices, found, weights):
-        rows = table([at, out], [weight.data_ptr() for weight in of])
+    for at, out, of in alike(_dense(indices), found, weights):
+        rows = table([at, out], of)
         with torch.cuda.device_of(of[0]):  # type: ignore[no-untyped-call]
             gather_kernel[(len(rows.blocks),)](
                 rows.rows,
@@ -58,8 +58,8 @@ def _scatter(
     values: Sequence[Tensor],
     originals: Sequence[Tensor],
 ) -> None:
-    for at, given, before, of in alike(indices, values, originals, weights):
-        rows = table([at, given, before or given], [weight.data_ptr() for weight in of])
+    for at, given, before, of in alike(*map(_dense, (indices, values, originals)), weights):
+        rows = table([at, given, before or given], of)
         kept = mode == "assign"
         wide = torch.promote_types(of[0].dtype, torch.float32)
         with torch.cuda.device_of(of[0]):  # type: ignore[no-untyped-call]
@@ -74,6 +74,10 @@ def _scatter(
                 ALIGNED=rows.aligned,
                 BLOCK=BLOCK,
             )
+
+
+def _dense(column: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in column]
 
 
 @triton.jit

@@ -55,8 +55,8 @@ def _launch(
     starts = [0, *itertools.accumulate(map(len, both))]
     built = table(
         [column for column in streams if column],
-        [row.data_ptr() for row in rows],
-        [column.data_ptr() for column in columns],
+        rows,
+        columns,
         starts[: len(rows)],
         starts[len(rows) : len(both)],
     )

@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 def table(
     streamed: Sequence[Sequence[Tensor]],
-    *others: Sequence[int],
+    *others: Sequence[Tensor] | Sequence[int],
     sizes: Sequence[int] = (),
     block: int = BLOCK,
 ) -> Table:
@@ -51,16 +51,40 @@ def table(
     Args:
         streamed: columns of contiguous tensors that are read and written entry after entry; the
             tensors of a row have one size.
-        others: columns of numbers: addresses that are looked up at random, bits of floats.
+        others: columns of contiguous tensors that are looked up at random, or of numbers: bits of
+            floats.
         sizes: entries of each tensor, if not all of the first column's.
         block: entries of a program.
+
+    Raises:
+        ValueError: tensors do not fit. A kernel that is given addresses alone would not see it.
     """
-    first = streamed[0]
-    sizes = tuple(sizes) or tuple(tensor.numel() for tensor in first)
-    addresses = [tuple(tensor.data_ptr() for tensor in column) for column in streamed]
+    first, device = streamed[0], streamed[0][0].device
+    counts = [tensor.numel() for tensor in first]
+    for column in streamed[1:]:
+        if (found := [tensor.numel() for tensor in column]) != counts:
+            raise ValueError(f"tensors: got {found} entries beside {counts}, allowed are as many")
+    addresses = [_addresses(column, device) for column in streamed]
     aligned = not any(address & 15 for column in addresses for address in column)
-    rows = tuple(zip(sizes, *addresses, *others, strict=True))
-    return Table(_rows(rows, first[0].device), _blocks(sizes, block, first[0].device), aligned)
+    sizes = tuple(sizes or counts)
+    rest = [_addresses(column, device) for column in others]
+    rows = tuple(zip(sizes, *addresses, *rest, strict=True))
+    return Table(_rows(rows, device), _blocks(sizes, block, device), aligned)
+
+
+def _addresses(column: Sequence[Tensor] | Sequence[int], device: torch.device) -> list[int]:
+    """Return where tensors begin that a kernel may walk through; numbers are what they are."""
+    found = []
+    for entry in column:
+        if isinstance(entry, Tensor):
+            if entry.device != device or not entry.is_contiguous():
+                raise ValueError(
+                    f"tensors: got strides {entry.stride()} on {entry.device}, allowed are "
+                    f"contiguous ones on {device}; copy them"
+                )
+            entry = entry.data_ptr()
+        found.append(entry)
+    return found
 
 
 def alike(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:

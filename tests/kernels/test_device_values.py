@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from device_cases.base import Case, check, collected, modules, tensors
+from device_cases.base import Case, check, collected, modules, moved, tensors
 from without_gpu.interpreter import interpreted
 from without_gpu.traffic import Traffic, measured
 
@@ -69,7 +69,7 @@ def test_every_module_of_kernels_has_cases() -> None:
     launching = {f.stem for f in folder.glob("*.py") if "_kernel" in f.read_text("utf-8")}
     described = {name.partition(":")[0] for name in CASES}
     assert described == set(modules())
-    assert launching - described <= {"kernel"}
+    assert launching <= described
 
 
 def test_a_stray_store_is_caught() -> None:
@@ -113,6 +113,17 @@ def test_a_tensor_that_must_stay_is_watched() -> None:
     )
     with pytest.raises(AssertionError, match="argument 0 was written to"):
         check(case, torch.float32, "cpu")
+
+
+def test_what_is_moved_lies_as_it_did() -> None:
+    """A case of unaligned tensors would else be one of aligned ones."""
+    whole = torch.arange(24.0).view(4, 6)
+    for tensor in (whole[1:, 1::2].t(), whole.flatten()[1:], whole[:0], torch.tensor(3.0)):
+        there = moved([tensor], "cpu")[0]
+        assert torch.equal(there, tensor)
+        assert there.stride() == tensor.stride()
+        assert there.storage_offset() == tensor.storage_offset()
+        assert there.data_ptr() != tensor.data_ptr() or not tensor.numel()
 
 
 def test_arithmetic_on_bfloat16_is_refused() -> None:

@@ -40,6 +40,19 @@ def test_what_16_bytes_do_not_divide_is_not_aligned(shift: int) -> None:
     assert table([[torch.empty(4)], [whole[shift:][:4]]]).aligned == (shift % 4 == 0)
 
 
+def test_what_a_kernel_would_walk_past_is_refused() -> None:
+    """Given addresses alone, it would read and write what lies there."""
+    tensors = [torch.empty(6), torch.empty(4)]
+    with pytest.raises(ValueError, match=r"got \[6, 3\] entries beside \[6, 4\], allowed are as"):
+        table([tensors, [torch.empty(6), torch.empty(3)]])
+    strided, elsewhere = torch.empty(12)[::2], torch.empty(6, device="meta")
+    for wrong, found in ((strided, r"\(2,\) on cpu"), (elsewhere, r"\(1,\) on meta")):
+        for columns in ([[tensors[0]], [wrong]], None), ([[tensors[0]]], [wrong]):
+            streamed, others = columns
+            with pytest.raises(ValueError, match=f"got strides {found}, allowed are contiguous"):
+                table(streamed, *([others] if others else []))
+
+
 def test_unaligned_tensors_are_not_read_by_128_bits() -> None:
     indices = positions.supports(torch.int32)
     with compiled_for("sm_90") as kernels:

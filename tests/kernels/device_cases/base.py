@@ -17,6 +17,7 @@ from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
+_DENSE = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def collected(kind: str) -> dict[str, Any]:
 
 
 def moved(arguments: Any, device: torch.device | str) -> Any:
-    """Copy the tensors of (nested) arguments to a device, their strides kept."""
+    """Copy the tensors of (nested) arguments to a device, their strides and offsets kept."""
     if isinstance(arguments, Tensor):
-        there = torch.empty_strided(
-            arguments.size(), arguments.stride(), dtype=arguments.dtype, device=device
+        sizes, strides, offset = arguments.size(), arguments.stride(), arguments.storage_offset()
+        span = sum((n - 1) * step for n, step in zip(sizes, strides, strict=True)) + 1
+        held = torch.empty(
+            offset + (span if arguments.numel() else 0), dtype=arguments.dtype, device=device
         )
-        return there.copy_(arguments)
+        # an offset of 1 leaves an address that 16 bytes do not divide
+        return held.as_strided(sizes, strides, offset).copy_(arguments)
     if isinstance(arguments, (list, tuple)):
         parts = [moved(value, device) for value in arguments]
         return type(arguments)(*parts) if hasattr(arguments, "_fields") else type(arguments)(parts)
@@ -131,5 +135,5 @@ def _compare(found: list[Tensor], wanted: list[Tensor], case: Case, dtype: torch
 
 def _same(left: Tensor, right: Tensor) -> bool:
     """Compare bits: NaN equals itself, 0.0 and -0.0 differ."""
-    a, b = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (left, right))
-    return torch.equal(a, b)
+    a, b = (t.detach().cpu().flatten().clone(memory_format=_DENSE) for t in (left, right))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

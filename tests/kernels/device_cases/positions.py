@@ -44,6 +44,11 @@ def shifted(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.cat([tensor[:1], tensor])[1:] for tensor in tensors]
 
 
+def strided(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers, each followed by another."""
+    return [torch.stack([tensor, tensor.flip(0)], 1)[:, 0] for tensor in tensors]
+
+
 def _each(oracle: Callable[..., None]) -> Callable[..., None]:
     """Apply an oracle of weight, positions and values to one of many after another."""
 
@@ -73,7 +78,7 @@ def _write(index: torch.dtype, place: Any = list) -> Case:
     )
 
 
-def _home(reference: bool) -> Case:
+def _home(reference: bool, place: Any = list) -> Case:
     def expected(
         ws: list[Tensor], at: list[Tensor], values: list[Tensor], originals: list[Tensor], _: bool
     ) -> None:
@@ -83,9 +88,9 @@ def _home(reference: bool) -> Case:
     return Case(
         make=lambda dtype: (
             weights(dtype),
-            supports(torch.int32),
-            numbers(torch.float32, 2),
-            numbers(dtype, 3),
+            place(supports(torch.int32)),
+            place(numbers(torch.float32, 2)),
+            place(numbers(dtype, 3)),
             reference,
         ),
         run=write_many_,
@@ -95,12 +100,12 @@ def _home(reference: bool) -> Case:
     )
 
 
-def _add(wide: bool) -> Case:
+def _add(wide: bool, place: Any = list) -> Case:
     return Case(
         make=lambda dtype: (
             weights(dtype),
             supports(torch.int64),
-            numbers(torch.float32 if wide else dtype, 2),
+            place(numbers(torch.float32 if wide else dtype, 2)),
         ),
         run=add_many_,
         expected=_each(add_reference),
@@ -112,13 +117,17 @@ CASES = {
     "gather": _gather(torch.int32),
     "gather, 64-bit": _gather(torch.int64),
     "gather, unaligned": _gather(torch.int32, shifted),
+    "gather, strided": _gather(torch.int32, strided),
     "write": _write(torch.int32),
     "write, 64-bit": _write(torch.int64),
     "write, unaligned": _write(torch.int32, shifted),
+    "write, strided": _write(torch.int32, strided),
     "write a sum": _home(reference=False),
     "write a sum, reference": _home(reference=True),
+    "write a sum, strided": _home(reference=False, place=strided),
     "add": _add(wide=False),
     "add, wide": _add(wide=True),
+    "add, strided": _add(wide=False, place=strided),
 }
 
 
