@@ -65,6 +65,8 @@ class Residency:
             self.restore()
             return None
         self.write(due.name, due.residence)
+        if not torch.compiler.is_compiling():
+            self._told = False
         return due.name
 
     def holds(self, name: str, residence: Residence) -> bool:
@@ -111,7 +113,8 @@ class Residency:
     def invalidate(self) -> None:
         """Make the next write happen even if the values' version counter did not move.
 
-        Once after `wrote`, the counter is relied on: the optimizer that wrote them raises it.
+        Once after `wrote`, the counter is relied on: the optimizer that wrote them raises it. After
+        the next forward pass no more: by then, another may have moved them.
         """
         self._forced += not self._told
         self._told = False

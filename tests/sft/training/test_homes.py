@@ -114,6 +114,20 @@ def test_what_moves_after_the_update_is_written_as_well(model, batch, writes) ->
     leave_resident(model)
 
 
+def test_after_a_forward_pass_a_sync_writes_whatever_moved_the_values(model, batch) -> None:
+    """Assigned data and fused optimizers raise no version."""
+    enter_resident(model)
+    train(model, optimizer_of(model, homes=ResidentHomes(model.base_model)), batch, updates=1)
+    model(**batch)
+    held = contents(model)
+    for layer in sparse_layers(model).values():
+        layer.delta_values["default"].data.mul_(2.0)
+    sync_resident(model)
+    frozen = [i for i, p in enumerate(model.parameters()) if not p.requires_grad]
+    assert not all(torch.equal(contents(model)[i], held[i]) for i in frozen)
+    leave_resident(model)
+
+
 def test_a_sync_restores_what_is_asked_for_no_more(model, batch) -> None:
     layers = list(sparse_layers(model).values())
     before = contents(model)
