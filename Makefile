@@ -54,6 +54,7 @@ bench: env  ## measure methods, peers and kernels side by side (about 15 minutes
 bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and write docs
 	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
 	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
+	@$(PHASE) "kept inputs" $(BIN)/python benchmarks/saved_inputs.py
 	@$(PHASE) "zeroth-order step" $(BIN)/python benchmarks/zeroth_order_step.py
 	@$(BIN)/python benchmarks/report.py
 
