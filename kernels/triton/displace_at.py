@@ -20,7 +20,7 @@ BLOCK = 512
 
 def noise_at(positions: Tensor, key: int, parameter: int, kind: str) -> Tensor:
     """Launch `sft.kernels.noise.noise_at`: z is 0 - (-1 z)."""
-    flat = positions.detach().reshape(-1)
+    flat = positions.detach().contiguous().view(-1)
     out = torch.empty(flat.shape, device=flat.device)
     _at(None, flat, out, parameter, (0, 0, 0.0), [key], [-1.0], kind)
     return out.view(positions.shape)
@@ -38,7 +38,7 @@ def displace_at(
     kind: str,
 ) -> Tensor:
     """Launch `sft.kernels.displace_at.displace_at`."""
-    flat, dense = positions.detach().reshape(-1), weight.detach().contiguous()
+    flat, dense = positions.detach().contiguous().view(-1), weight.detach().contiguous()
     out = torch.empty(flat.shape, dtype=dense.dtype, device=dense.device)
     _at(dense, flat, out, parameter, (mask, mask_key, limit), keys, coefficients, kind)
     return out.view(positions.shape)
@@ -151,7 +151,7 @@ def positions_kernel(
     """Store out[j] = round(w - (c_1 z_1 + ... + c_n z_n)), w = weight[positions[j]], 0 if None."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     inside = tl.arange(0, BLOCK)
-    left = (numel - first).to(tl.int32)
+    left = tl.minimum(numel - first, BLOCK).to(tl.int32)
     here = inside < left
     # only the last block takes a mask, which would break 128-bit loads
     if left >= BLOCK:

@@ -44,3 +44,16 @@ def test_products_of_a_matrix_of_more_entries() -> None:
         found = SAMPLED_OUTER(left, right, indices, nothing, nothing)
     expected = (left[:, rows].double() * right[:, cols].double()).sum(0)
     torch.testing.assert_close(found.double(), expected)
+
+
+def test_noise_of_more_positions() -> None:
+    """By arithmetic: the first of so many programs that 32 bits do not count their positions."""
+    from sft.kernels.noise import noise
+    from sft.kernels.triton import displace_at as launchers
+
+    positions, out = torch.arange(launchers.BLOCK), torch.zeros(launchers.BLOCK)
+    mask = 0, 0, 0.0
+    given, options = launchers._options(out, 3, mask, [5], [-1.0], "rademacher")
+    with interpreted():
+        launchers.positions_kernel[(1,)](out, None, positions, 2**31 + 7, *given, **options)
+    assert torch.equal(out, noise(5, 3, launchers.BLOCK, kind="rademacher"))

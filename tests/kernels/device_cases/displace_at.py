@@ -80,12 +80,13 @@ def _nothing() -> Case:
 
 
 def _noise(kind: str) -> Case:
-    """Also where indices and counters pass 32 bits."""
+    """Also where indices and counters pass 32 bits; of positions that lie apart."""
 
     def make(dtype: torch.dtype) -> tuple[Tensor]:
         ends = torch.tensor([0, 1, 4095, 4096, 2**31 - 1, 2**31, 2**43 + 3])
         generator = torch.Generator().manual_seed(0)
-        return (torch.cat([ends, torch.randint(2**45, (600,), generator=generator)]),)
+        made = torch.cat([ends, torch.randint(2**45, (600,), generator=generator)])
+        return (torch.stack([made, made.flip(0)], 1)[:, 0],)
 
     def run(positions: Tensor) -> Tensor:
         from sft.kernels.triton import displace_at
