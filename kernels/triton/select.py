@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sft.kernels.triton.table import address, place, table
+from sft.kernels.triton.table import address, place, sent, table
 
 BLOCK = 4096
 CHUNK = 16 * BLOCK  # entries of a program, which adds its histogram to the others' once
@@ -33,7 +33,7 @@ def magnitude_thresholds(weights: Sequence[Tensor], share: float) -> Tensor:
         flat = [weights[i].detach().contiguous().view(-1) for i in chosen]
         codes = _nth(flat, [math.ceil(share * len(w)) for w in flat], magnitude=True)
         found = codes.to(_INTEGERS[8 * dtype.itemsize]).view(dtype).double()
-        out[torch.tensor(chosen, device=out.device)] = found
+        out[sent(torch.tensor(chosen, device="cpu"), out.device)] = found
     return out
 
 
@@ -70,7 +70,7 @@ def _nth(flat: Sequence[Tensor], wanted: Sequence[int], *, magnitude: bool) -> T
     device, bits = flat[0].device, 8 * flat[0].element_size()
     rows = table([flat], block=CHUNK)
     code = torch.zeros(len(flat), dtype=torch.int64, device=device)
-    rest = torch.tensor(wanted, dtype=torch.int64, device="cpu").to(device)
+    rest = sent(torch.tensor(wanted, dtype=torch.int64, device="cpu"), device)
     for shift in range(bits - WIDTH, -1, -WIDTH):
         histogram = torch.zeros(len(flat), 2**WIDTH, dtype=torch.int64, device=device)
         with torch.cuda.device_of(flat[0]):  # type: ignore[no-untyped-call]
