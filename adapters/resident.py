@@ -41,7 +41,24 @@ def leave_resident(model: nn.Module) -> None:
 
 def sync_resident(model: nn.Module) -> None:
     """Write the trained values to the weights, after an optimizer step."""
-    _sync(sparse_layers(model).values())
+    sync_layers(sparse_layers(model).values())
+
+
+def sync_layers(layers: Iterable[SparseLayer]) -> None:
+    """Write the values of these layers together: they moved by any means.
+
+    Right away, not in the next forward pass: a compiled one does not look whether they moved.
+    """
+    held = [layer for layer in layers if layer.content is not None]
+    due = []
+    for layer in held:
+        layer.sync(now=False)
+        wanted = layer.due()
+        if wanted is None:
+            layer.settle()
+        else:
+            due.append(wanted)
+    write_all(due)
 
 
 @contextmanager
@@ -67,22 +84,8 @@ def resident(model: nn.Module) -> Iterator[nn.Module]:
 def _sync_stepped(model: nn.Module, optimizer: Optimizer, *_: Any) -> None:
     """Write what this optimizer moved: fused and 8-bit ones don't raise a tensor's version."""
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    _sync(
+    sync_layers(
         layer
         for layer in sparse_layers(model).values()
         if any(id(values) in moved for values in layer.trained_values.values())
     )
-
-
-def _sync(layers: Iterable[SparseLayer]) -> None:
-    """Do what `SparseLayer.sync` does for all of them together."""
-    held = [layer for layer in layers if layer.content is not None]
-    due = []
-    for layer in held:
-        layer.sync(now=False)
-        wanted = layer.due()
-        if wanted is None:
-            layer.settle()
-        else:
-            due.append(wanted)
-    write_all(due)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sft.adapters.calibrate import calibrate, pending_adapters
-from sft.adapters.layer import SparseLayer, sparse_layers
+from sft.adapters.layer import sparse_layers
+from sft.adapters.resident import sync_layers
 from sft.driver import check_processes
 from sft.identity import sparse_tuner
 from sft.objectives import NAMED
@@ -158,7 +159,7 @@ class ZerothOrder:
         """Set the mode up, on the first micro-batch: it shows where the model reads."""
         model = self.trainer.model
         layers = tuple(sparse_layers(model).values())
-        after = partial(_moved, layers) if layers else nothing
+        after = partial(sync_layers, layers) if layers else nothing
         config, trained = self.config, optimizer.trained
         mode: Mode
         if config.mode == "exact":
@@ -235,9 +236,3 @@ def _check_same(optimizer: ZerothOrderOptimizer, made_for: set[int], wanted: set
             f"{len(optimizer.trained)} that the optimizer was made for; set trainer.optimizer = "
             "None to begin anew"
         )
-
-
-def _moved(layers: Sequence[SparseLayer]) -> None:
-    """Let sparse layers write their values before they next run."""
-    for layer in layers:
-        layer.sync(now=False)
