@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from device_cases.base import Build, collected
+from triton.runtime.jit import KernelInterface
 from without_gpu.audit import audit, count, loads
 from without_gpu.compiler import TARGETS, compiled_for
 
+from sft.kernels import library
+
 BUILDS: dict[str, Build] = collected("BUILDS")
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+# bytes of a program: 99 KiB of the smaller GPUs of these generations, and all that AMD's have
+SHARED = dict.fromkeys(NVIDIA, 99 * 2**10) | {"gfx942": 2**16}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -28,6 +37,7 @@ def test_compiled_code(build: Build, target: str) -> None:
         assert (found.spills, found.stack) == (0, 0), found.name
         assert found.registers <= build.registers.get(target, 255), found.name
         assert not found.compares_and_swaps, found.name
+        assert found.shared <= SHARED[target], (found.name, found.shared)
         every, wide = loads(found.hot)
         if build.wide and target in NVIDIA:
             assert wide, (found.name, found.hot)
@@ -40,6 +50,38 @@ def test_compiled_code(build: Build, target: str) -> None:
         assert any(audit(kernel).uses_tensor_cores for kernel in kernels)
 
 
+class _Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, for which meta tensors stand."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            there = kwargs.get("device")
+            leaves = there is not None and args[0].device.type != there.type
+            assert not leaves or kwargs.get("non_blocking"), "a copy that waits"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_the_host_waits_for_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tables of constants cost once is left out."""
+    make = torch.tensor
+
+    def tensor(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        assert str(device) == "cpu", "made on the host, sent by a copy that waits"
+        return make(*args, device=device, **options)
+
+    nothing = lambda kernel, grid: lambda *args, **options: None  # noqa: E731
+    monkeypatch.setattr(KernelInterface, "__getitem__", nothing)
+    monkeypatch.setattr(library, "TRITON_DEVICES", {"cuda", "cpu", "meta"})
+    build.launch()
+    with torch.device("meta"):
+        build.launch()
+        monkeypatch.setattr(torch, "tensor", tensor)
+        with _Waits():
+            build.launch()
+
+
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_budget_is_stated_for_every_target(build: Build) -> None:
     assert set(build.registers) == set(NVIDIA)
@@ -47,7 +89,6 @@ def test_a_budget_is_stated_for_every_target(build: Build) -> None:
 
 def test_spills_are_seen() -> None:
     """The harness itself: few registers and much to hold."""
-    import torch
     import triton
     import triton.language as tl
 
@@ -63,7 +104,6 @@ def test_spills_are_seen() -> None:
 
 
 def test_instructions_are_read() -> None:
-    import torch
     import triton
     import triton.language as tl
 
