@@ -106,7 +106,7 @@ def _noise(kind: str) -> Case:
     )
 
 
-_WIDTHS = {"even": 576, "odd": 1031, "narrow": 3}
+_WIDTHS = {"even": 576, "odd": 1023, "narrow": 3}
 CASES = (
     {
         f"positions, {kind}, {name}": _positions(mask, kind)
