@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sft.kernels.cpu.turn import turn
 from sft.kernels.kept import Kept, keep, pass_over, restore
 from sft.kernels.outer_at import outer_at, wide_product, widen
 from sft.kernels.pattern import Pattern
@@ -106,7 +107,8 @@ def token_last(tensor: Tensor) -> Tensor:
     starts at a boundary of 128 bits, whatever the number of tokens.
     """
     if tensor.device.type == "cpu":
-        return widen(tensor).t().contiguous().t()
+        wide = widen(tensor)
+        return wide if wide.stride(0) == 1 else turn(wide).t()
     return aligned_tokens(tensor)
 
 

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from sft.kernels.cpu.turn import turned
 from sft.kernels.library import define
 from sft.kernels.pattern import Pattern
 
@@ -109,7 +110,12 @@ def _sampled(
     # CSR keeps the ascending order of the flat positions, so the result needs no permutation
     shape = left.shape[1], right.shape[1]
     where = torch.sparse_csr_tensor(row_pointers, columns, zeros, shape, check_invariants=False)
-    products: Tensor = torch.sparse.sampled_addmm(where, left.t(), right, beta=0.0)
+    if left.device.type == "cpu":
+        # it reads tokens side by side, and would turn what has them apart itself, slowly
+        rows, cols = turned(left, "left"), turned(right, "right").t()
+    else:
+        rows, cols = left.t(), right
+    products: Tensor = torch.sparse.sampled_addmm(where, rows, cols, beta=0.0)
     return products.values()
 
 
