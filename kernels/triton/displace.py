@@ -151,7 +151,7 @@ def _launch(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else torch.empty(tensor.shape).to(tensor)
+    return tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape)
 
 
 def draws_on(

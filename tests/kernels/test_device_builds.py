@@ -74,12 +74,12 @@ def test_the_host_waits_for_nothing(build: Build, monkeypatch: pytest.MonkeyPatc
     nothing = lambda kernel, grid: lambda *args, **options: None  # noqa: E731
     monkeypatch.setattr(KernelInterface, "__getitem__", nothing)
     monkeypatch.setattr(library, "TRITON_DEVICES", {"cuda", "cpu", "meta"})
-    build.launch()
-    with torch.device("meta"):
-        build.launch()
-        monkeypatch.setattr(torch, "tensor", tensor)
-        with _Waits():
+    for device in ("cpu", "meta"):
+        with torch.device(device), monkeypatch.context() as patch:
             build.launch()
+            patch.setattr(torch, "tensor", tensor)
+            with _Waits():
+                build.launch()
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)

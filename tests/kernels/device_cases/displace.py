@@ -257,9 +257,13 @@ CASES = (
 )
 
 
-def _build(dtype: torch.dtype, registers: int, twice: bool = False, **options: Any) -> Build:
+def _build(
+    dtype: torch.dtype, registers: int, twice: bool = False, turned: bool = False, **options: Any
+) -> Build:
     def launch() -> None:
         w = [torch.empty(2**14 + 3, dtype=dtype), torch.empty(2**12, dtype=dtype)]
+        if turned:
+            w = [torch.empty(2**8, 2**6, dtype=dtype, device="meta").t()]
         _launch(w, w, ahead=[torch.empty_like(t) for t in w] if twice else None, **options)
 
     return Build(
@@ -280,6 +284,7 @@ BUILDS = {
     ),
     "rademacher, float32": _build(torch.float32, 116, kind="rademacher"),
     "rademacher, twice": _build(torch.bfloat16, 118, twice=True, kind="rademacher"),
+    "rademacher, transposed": _build(torch.bfloat16, 92, turned=True, kind="rademacher"),
     "gaussian_table": _build(torch.bfloat16, 84, kind="gaussian_table"),
     "gaussian": _build(torch.bfloat16, 70, kind="gaussian"),
     "gaussian, float64": _build(torch.float64, 106, kind="gaussian"),
