@@ -24,6 +24,7 @@ from sft.identity import (
     sparse_tuner,
     warn_of_changes,
 )
+from sft.kernels.library import implementation
 from sft.optim.move import move_state
 from sft.optim.prox import Shrinking, attach
 from sft.stages import check_staged, keep_stage, stage_ends
@@ -82,6 +83,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             if dynamics is not None:
                 self._dynamics[name] = dynamics
         # whatever is refused is refused before a weight is written
+        implementation(args.device)
         if args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu: got {args.n_gpu} in one process, whose replicas would write one weight; "

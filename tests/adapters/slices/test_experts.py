@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import sft
+from sft.adapters.resident import enter_resident
 from sft.adapters.slices.experts import SliceExperts
 
 TINY = {
@@ -174,3 +175,19 @@ def test_rows_with_their_own_adapters_are_refused(base, batch) -> None:
     model = adapted(base()).eval()
     with pytest.raises(ValueError, match=r"^adapter_names: experts see tokens"):
         model(input_ids=batch["input_ids"], adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_kept_inputs_draw_as_many_numbers_with_gradients_as_without(base, batch, resident) -> None:
+    """So that reentrant checkpointing recomputes a dropout that follows as it was."""
+    model, states = adapted(base(), saved_inputs="int8").train(), []
+    if resident:
+        enter_resident(model)
+    for gradients in (False, True):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(gradients):
+            model(**batch)
+        states.append(torch.get_rng_state())
+    torch.manual_seed(0)
+    assert not torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(*states)

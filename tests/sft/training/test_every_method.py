@@ -100,3 +100,14 @@ def test_checkpointing_activations_changes_nothing(lab, adapted, assert_equal) -
         for use in (False, True)
     ]  # fmt: skip
     assert_equal(own(runs[0].model), own(runs[1].model))
+
+
+def test_kernels_that_cannot_run_are_refused_before_a_weight_is_written(
+    lab, adapted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_KERNELS", "triton")
+    model = adapted()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="SFT_KERNELS: got 'triton', the tensors are on cpu"):
+        lab.run(model=model)
+    assert all(map(torch.equal, model.parameters(), before))
