@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from device_cases import displace
 from device_cases.base import Build, collected
 from triton.runtime.jit import KernelInterface
 from without_gpu.audit import audit, count, loads
 from without_gpu.compiler import TARGETS, compiled_for
 
 from sft.kernels import library
+from sft.kernels.triton import displace_at, kept, sampled, select, tiles
 
 BUILDS: dict[str, Build] = collected("BUILDS")
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
@@ -85,6 +88,49 @@ def test_the_host_waits_for_nothing(build: Build, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_a_budget_is_stated_for_every_target(build: Build) -> None:
     assert set(build.registers) == set(NVIDIA)
+
+
+def test_codes_are_rounded_as_often_as_on_the_cpu() -> None:
+    """Where divisions are one instruction; the code made of them multiplies and adds at once."""
+    with compiled_for("sm_90") as kernels:
+        BUILDS["kept: int8"].launch()
+    assert "div.rn.f32" in kernels[0].asm["ptx"]
+    assert "fma." not in kernels[0].asm["ptx"]
+
+
+CHANGING: dict[str, Callable[[int], Any]] = {
+    "draws": lambda n: displace._launch([torch.ones(99)], [torch.ones(99)], draws=[(n, 1.0)] * n),
+    "draws of positions": lambda n: displace_at.displace_at(
+        torch.ones(99), torch.arange(98 + n), n, 2, n, 0.5, [n] * n, [1.0] * n, "rademacher"
+    ),
+    "draws of rows": lambda n: displace_at.displace_rows(
+        torch.ones(9, 16), torch.arange(9), n, 2, n, 0.5, [n] * n, [1.0] * n, "rademacher"
+    ),
+    "keys of int8": lambda n: kept.keep_int8(torch.ones(98 + n), torch.tensor(n)),
+    "keys of bfloat16": lambda n: kept.keep_bfloat16(torch.ones(98 + n), torch.tensor(n)),
+    "values restored": lambda n: kept.restore_int8(
+        torch.ones(98 + n).char(), torch.ones(2).bfloat16(), torch.float32
+    ),
+    "tokens and positions": lambda n: sampled.sampled_outer(
+        torch.ones(n, 3), torch.ones(n, 4), *[torch.arange(n)] * 3
+    ),
+    "tokens of tiles": lambda n: tiles.tiled_outer(
+        torch.ones(n, 70), torch.ones(n, 70), *[torch.arange(5)] * 3, 64
+    ),
+    "tokens of what is listed": lambda n: tiles.outer_above(
+        torch.ones(n, 70), torch.ones(n, 70), torch.ones(()), torch.arange(5), 9, 64
+    ),
+    "bits": lambda n: select.magnitude_thresholds([torch.ones(98 + n, device="meta")], 0.5),
+}
+
+
+@pytest.mark.parametrize("launch", CHANGING.values(), ids=CHANGING)
+def test_what_changes_from_step_to_step_compiles_nothing_anew(launch: Callable[[int], Any]) -> None:
+    """Triton compiles for 1 and for multiples of 16 what is not told to it as any number."""
+    with compiled_for("sm_90") as kernels:
+        for n in (7, 16, 1, 2):
+            launch(n)
+    assert len(set(map(id, kernels))) == 1
 
 
 def test_spills_are_seen() -> None:
