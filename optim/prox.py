@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Protocol
@@ -162,10 +163,12 @@ def _threshold(
     The product is 0 for an update that a fused optimizer skipped: the loss scaler tells it so.
     """
     overflow = getattr(optimizer, "found_inf", None)
-    applied = None if overflow is None else 1 - overflow
-    if not isinstance(lr, Tensor):
-        return lr * strength, applied
-    return strength, lr if applied is None else lr * applied
+    applied = 1.0 if overflow is None else 1 - overflow
+    # numbers to the one side, tensors, which are not waited for, to the other
+    tensors = [value for value in (lr, applied) if isinstance(value, Tensor)]
+    numbers = [value for value in (lr, applied) if not isinstance(value, Tensor)]
+    factor = math.prod(tensors[1:], start=tensors[0]) if tensors else None
+    return math.prod(numbers) * strength, factor
 
 
 def _stepping(optimizer: Any) -> torch.optim.Optimizer:
