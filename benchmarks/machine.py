@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 PACKAGES = ("sparse-sft", "torch", "transformers", "peft", "accelerate", "trl")
+VARIABLES = (
+    "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS",
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -20,10 +24,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "environment": {
-            name: os.environ.get(name)
-            for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
-        },
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
