@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent / "results/methods"
 MIB = 2**20
 PARTS = ("forward", "backward", "optimizer", "selection")
 MAIN = "float32-4x128"
+CLOSE = f"{MAIN}-close"  # the same with few cases, over many rounds
 
 LABELS = {
     "floor": "frozen floor: forward + input gradients",

@@ -46,6 +46,7 @@ from sft.embedded import folder_of
 RESULTS = Path(__file__).parent / "results/methods"
 ALL = tuple(build.__name__ for build in (*PEERS, *OURS))
 SWEPT = ("floor", "lora", "shira", "spiel_sparse", "s2ft_sparse")
+CLOSE = ("floor", "lora", "spiel_sparse", "s2ft_sparse")
 EXTRA = ("floor", "lora", *(build.__name__ for build in MORE))
 
 
@@ -81,6 +82,8 @@ class Cell:
 
 CELLS = (
     Cell(dtype="float32", batch=4, length=128, cases=ALL, share=9, rounds=3, alone=True),
+    # where a few hundredths are to be told apart: many short rounds
+    Cell(dtype="float32", batch=4, length=128, cases=CLOSE, share=6, rounds=9, suffix="-close"),
     Cell(dtype="float32", batch=1, length=128, cases=ALL, share=2),
     Cell(dtype="float32", batch=4, length=128, cases=EXTRA, share=2, suffix="-more"),
     Cell(dtype="float32", batch=1, length=512, cases=SWEPT, share=2),
