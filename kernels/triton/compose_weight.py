@@ -35,7 +35,8 @@ def compose_(
         order, pointers = Pattern(indices, (rows, cols)).tiles(side)
     if out.numel() == 0:
         return
-    left, right = aligned(left), aligned(right)
+    # rows one after another: the kernel takes their length for their distance
+    left, right = aligned(left.contiguous()), aligned(right.contiguous())
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         compose_kernel[(triton.cdiv(rows, side), triton.cdiv(cols, side))](
             out,

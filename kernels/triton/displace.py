@@ -144,7 +144,8 @@ def _launch(
             TILE=TILE,
             NOISE_STREAM=NOISE,
             MASK_STREAM=MASK,
-            num_warps=WARPS[kind],
+            # two sums of normals and a mask fill the registers of half as many warps
+            num_warps=8 if len(draws) > 1 and mask else WARPS[kind],
             # decay * w is rounded before it is added, as on the CPU
             enable_fp_fusion=False,
         )

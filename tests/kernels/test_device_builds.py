@@ -106,10 +106,10 @@ CHANGING: dict[str, Callable[[int], Any]] = {
     "draws of rows": lambda n: displace_at.displace_rows(
         torch.ones(9, 16), torch.arange(9), n, 2, n, 0.5, [n] * n, [1.0] * n, "rademacher"
     ),
-    "keys of int8": lambda n: kept.keep_int8(torch.ones(98 + n), torch.tensor(n)),
-    "keys of bfloat16": lambda n: kept.keep_bfloat16(torch.ones(98 + n), torch.tensor(n)),
+    "keys of int8": lambda n: kept.keep_int8(torch.ones(n), torch.tensor(n)),
+    "keys of bfloat16": lambda n: kept.keep_bfloat16(torch.ones(n), torch.tensor(n)),
     "values restored": lambda n: kept.restore_int8(
-        torch.ones(98 + n).char(), torch.ones(2).bfloat16(), torch.float32
+        torch.ones(n).char(), torch.ones(1).bfloat16(), torch.float32
     ),
     "tokens and positions": lambda n: sampled.sampled_outer(
         torch.ones(n, 3), torch.ones(n, 4), *[torch.arange(n)] * 3

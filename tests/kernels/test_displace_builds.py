@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -39,3 +40,16 @@ def test_noise_takes_no_loop_of_its_own(name: str) -> None:
     with compiled_for("sm_90") as kernels:
         displace.BUILDS[name].launch()
     assert len(audit(kernels[0]).loops) == 1
+
+
+@pytest.mark.parametrize(("start", "wide"), [(4096 + 32, True), (4096 + 8, False)])
+def test_parts_that_start_between_are_not_read_by_128_bits(start: int, wide: bool) -> None:
+    """A tile begins before such a part, at an address that 16 bytes do not divide."""
+    from sft.kernels.triton.displace import displace_
+
+    w = [torch.empty(2**14, dtype=torch.bfloat16)]
+    with compiled_for("sm_90") as kernels:
+        displace_(w, w, [1], [start], [0.0], [0], [0], [0.0], [5], [1.0], "rademacher")
+    found = audit(kernels[0]).instructions
+    assert bool(loads(found)[1]) == wide
+    assert bool(count(found, r"STG\..*128.*")) == wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -59,7 +60,20 @@ def _case(dtypes: Any, *sizes: int, **options: Any) -> Case:
     )
 
 
+def _slices() -> Case:
+    """Factors that are columns of wider matrices, of lengths that need no padding."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        out, left, right, *rest = made(64, 48, 16, 40)
+        wide = torch.cat([left, left.new_full((64, 16), torch.nan)], 1).to(dtype)
+        broad = torch.cat([right, right.new_full((16, 32), torch.nan)], 1).to(dtype)
+        return out.to(dtype), wide[:, :16], broad[:, :48], *rest
+
+    return dataclasses.replace(_case(FLOATS[:1], 1, 1, 1, 1), make=make)
+
+
 CASES = {
+    "slices": _slices(),
     **{name: _case(FLOATS, *sizes) for name, sizes in SIZES.items()},
     "large tiles": _case(FLOATS, 130, 200, 8, 500, side=128),
     "tiles not sorted yet": _case(FLOATS[:1], 70, 80, 5, 60, view=False),

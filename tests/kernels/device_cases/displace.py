@@ -287,6 +287,12 @@ BUILDS = {
     "rademacher, transposed": _build(torch.bfloat16, 92, turned=True, kind="rademacher"),
     "gaussian_table": _build(torch.bfloat16, 84, kind="gaussian_table"),
     "gaussian": _build(torch.bfloat16, 70, kind="gaussian"),
+    "gaussian, twice, masked": _build(
+        torch.bfloat16, 140, twice=True, kind="gaussian", mask=Random(3, 0.5)
+    ),
+    "gaussian, twice, small": _build(
+        torch.float16, 140, twice=True, kind="gaussian", mask=Magnitude(0.5)
+    ),
     "gaussian, float64": _build(torch.float64, 106, kind="gaussian"),
 }
 
