@@ -54,15 +54,18 @@ def _step_targets(main: Cell, close: Cell) -> list[str]:
         rows.append(_row(f"bytes of the adapter file per weight, {LABELS[case]}", 6, size))
     peers = {case: main[case] for case in PEERS if case in main}
     for case in ("spiel_sparse", "s2ft_sparse"):
-        own = main[case]
-        slower = [c for c, peer in peers.items() if peer.ratio(own)[0] <= 1]
-        wider = [c for c, peer in peers.items() if peer.saved <= own.saved]
+        slower = [c for c in peers if _slower(case, c, close if c in close else main)]
+        wider = [c for c, peer in peers.items() if peer.saved <= main[case].saved]
         for what, losers in (("step", slower), ("bytes kept for backward", wider)):
             verdict = "below all" if not losers else "not below " + ", ".join(losers)
             rows.append(
                 f"| {what} of {LABELS[case]} | below every peer | {verdict} | {_mark(not losers)} |"
             )
     return rows
+
+
+def _slower(own: str, peer: str, cell: Cell) -> bool:
+    return cell[peer].ratio(cell[own])[0] <= 1
 
 
 def _other_targets(results: dict[str, dict[str, Any]]) -> list[str]:
