@@ -249,11 +249,12 @@ def page() -> str:
 
 def summary() -> str:
     """Return the README's lines on the results."""
-    quickstart, main = results()["quickstart"], method_results.read().get(method_results.MAIN)
+    quickstart, cells = results()["quickstart"], method_results.read()
+    main = cells.get(method_results.MAIN)
     if main is None:
         return README.read_text().partition(START)[2].partition(END)[0]
     rate = "token_error_rate"
-    rows = "\n".join(report_methods.summary_rows(main))
+    rows = "\n".join(report_methods.summary_rows(main, cells.get(method_results.CLOSE, main)))
     return f"""| | |
 |---|---|
 | quickstart: phoneme error rate on held-out words | {quickstart["before"][rate]:.2f} before, \

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from method_results import LABELS, MAIN, MIB, PARTS, PEERS, Cell, Found, machine
+from method_results import CLOSE, LABELS, MAIN, MIB, PARTS, PEERS, Cell, Found, machine
 
 
 def section(cells: dict[str, Cell]) -> str:
     """Describe `benchmarks/methods.py`."""
     main = cells[MAIN]
-    parts = [_introduction(main), _main_table(main), _figures(), _sweep(cells)]
+    parts = [_introduction(main), _main_table(main)]
+    if CLOSE in cells:
+        parts.append(_close(cells[CLOSE]))
+    parts += [_figures(), _sweep(cells)]
     if f"{MAIN}-more" in cells:
         parts.append(_more(cells[f"{MAIN}-more"]))
     return "\n".join(parts)
@@ -40,6 +43,13 @@ def _main_table(cell: Cell) -> str:
     for name, found in cell.items():
         rows.append(f"| {LABELS[name]} | " + " | ".join(_cells(found, cell["floor"])) + " |")
     return "\n".join([*rows, ""])
+
+
+def _close(cell: Cell) -> str:
+    """Few cases over many rounds: what a few rounds of many cannot tell apart."""
+    shown = [f"{LABELS[name]} {spread(found, cell['floor'])}" for name, found in cell.items()]
+    rounds = len(cell["floor"].totals())
+    return f"The same step over {rounds} rounds of {len(cell)} cases: {'; '.join(shown[1:])}.\n"
 
 
 def _cells(found: Found, floor: Found) -> list[str]:
@@ -130,14 +140,19 @@ def selection_per_update(cell: Cell) -> float:
     return (4 * inside + ends) / 20
 
 
-def summary_rows(main: Cell) -> list[str]:
-    """Return the README's rows: step over the floor's and LoRA's, and bytes kept."""
+def summary_rows(main: Cell, close: Cell) -> list[str]:
+    """Return the README's rows: step over the floor's and LoRA's, and bytes kept.
+
+    Args:
+        main: has every case.
+        close: steps of these are from more rounds.
+    """
     order = ("s2ft_sparse", "spiel_sparse", "s2ft", "spiel", "sora", "sltrain", *PEERS)
     rows = []
     for case in order:
         if case in main:
-            found = main[case]
-            floor, lora = found.ratio(main["floor"])[0], found.ratio(main["lora"])[0]
+            found, cell = main[case], close if case in close else main
+            floor, lora = (cell[case].ratio(cell[to])[0] for to in ("floor", "lora"))
             label = f"{LABELS[case]} | {found.trained:,} | {floor:.2f} | {lora:.2f}"
             rows.append(f"| {label} | {found.saved / MIB:.0f} MiB |")
     return rows
