@@ -107,6 +107,7 @@ def test_a_peak_counts_what_lives_at_once() -> None:
     assert 800_000 <= peak_bytes(run, warm_up=False) < 900_000
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_a_sparse_tensor_is_its_parts() -> None:
     dense = torch.eye(5)
     sizes = [sorted(s.nbytes() for s in storages(t)) for t in (dense.to_sparse(), dense)]
