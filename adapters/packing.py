@@ -23,7 +23,8 @@ def pack_supports(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) ->
     for key, layer in _places(model, adapter).items():
         indices = packed.get(key)
         if indices is not None and indices.dtype != torch.uint8 and not indices.is_meta:
-            packed[key] = pack(indices, layer.shape[0] * layer.shape[1])
+            # (1, n), a shape that no positions have: who does not unpack it can't take it for them
+            packed[key] = pack(indices, layer.shape[0] * layer.shape[1]).unsqueeze(0)
     return packed
 
 

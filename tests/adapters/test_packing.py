@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from sft import SLTrainConfig, SpielConfig
 from sft.adapters.packing import pack, unpack
@@ -117,7 +118,7 @@ def test_a_damaged_file_is_refused_before_anything_is_copied(tmp_path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.down.delta_indices"
-    tensors[key] = tensors[key][:-1].clone()
+    tensors[key] = tensors[key][:, :-1].clone()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     message = (
         r"^adapter file: .*down.delta_indices holds 5287 bytes, the 4423 positions .* take 5288"
@@ -128,3 +129,32 @@ def test_a_damaged_file_is_refused_before_anything_is_copied(tmp_path) -> None:
     save_file(tensors, file)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(Model(), tmp_path)
+
+
+def test_positions_that_are_not_there_yet_are_not_packed() -> None:
+    model = get_peft_model(Model(), CONFIGS["spiel"]()).to("meta")
+    found = get_peft_model_state_dict(model)["base_model.model.down.delta_indices"]
+    assert found.is_meta
+    assert found.dtype == torch.int32
+
+
+def test_a_loader_that_does_not_unpack_takes_no_bytes_for_positions(
+    llama, batch, randomize, tmp_path
+) -> None:
+    """Here the bytes are as many as the positions: 19 of 32 x 32."""
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    o_proj = r".*layers\.0\.self_attn\.o_proj"
+    model = get_peft_model(base, SpielConfig(num_weights=19, target_modules=o_proj))
+    randomize(model, scale=1.0)
+    model.save_pretrained(tmp_path / "adapter")
+    (packed,) = (
+        tensor
+        for key, tensor in load_file(tmp_path / "adapter/adapter_model.safetensors").items()
+        if key.endswith("_indices")
+    )
+    assert packed.numel() == 19
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
