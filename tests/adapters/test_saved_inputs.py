@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,3 +95,18 @@ def test_off_by_default(llama, batch, randomize) -> None:
         state = torch.get_rng_state()
         model(**batch).loss.backward()
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kernel", ["compose", "factored", "resident"])
+def test_each_way_of_sltrain_keeps_codes(llama, batch, randomize, kernel: str) -> None:
+    way = {} if kernel == "resident" else {"kernel": kernel}
+    config = SLTrainConfig(r=2, saved_inputs="int8", task_type="CAUSAL_LM", **way)
+    model = get_peft_model(llama(), config).train()
+    randomize(model)
+    saved: list[Tensor] = []
+    with (
+        sft.resident(model) if kernel == "resident" else nullcontext(),
+        saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        model(**batch)
+    assert any(t.dtype == torch.int8 for t in saved)

@@ -193,6 +193,30 @@ def test_readers_of_one_input_share_one_copy(
     assert other.requires_grad
 
 
+def test_an_input_that_changed_in_place_is_kept_anew(site: Any) -> None:
+    x, first, second, plain = torch.randn(64, IN), parts(resident), parts(resident), parts(resident)
+    y = resident(x, first, site, "int8")
+    x.mul_(-3.0)
+    resident(x, second, site, "int8").square().sum().backward()
+    resident(x.clone(), plain, site, "full").square().sum().backward()
+    assert y.requires_grad
+    error = (second["values"].grad - plain["values"].grad).norm()
+    assert error < 0.05 * plain["values"].grad.norm()
+
+
+def test_a_reader_in_another_dtype_keeps_a_copy_of_its_own(site: Any) -> None:
+    x, first, second, plain = torch.randn(64, IN), parts(resident), parts(resident), parts(resident)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = resident(x, first, site, "int8")
+    z = resident(x, second, site, "int8")
+    (y.float().sum() + z.sum()).backward()
+    torch.manual_seed(5)
+    kept.pass_over()
+    resident(x.clone(), plain, site, "int8").sum().backward()
+    assert torch.equal(second["values"].grad, plain["values"].grad)
+
+
 def test_a_reader_in_full_is_given_the_input_itself(site: Any) -> None:
     x = torch.randn(8, IN)
     first, second, plain = (parts(resident) for _ in range(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 import sft
@@ -100,6 +101,18 @@ def test_what_is_merged_is_not_taken_for_the_base(s2ft, llama, randomize, batch,
     model.save_pretrained(tmp_path, selected_adapters=["twin"])
     loaded = PeftModel.from_pretrained(llama(num_key_value_heads=1), tmp_path / "twin")
     assert torch.equal(loaded(**batch).logits, expected)
+
+
+def test_a_sum_keeps_inputs_as_its_parts_do(s2ft, batch, randomize) -> None:
+    model = s2ft(saved_inputs="int8")
+    randomize(model)
+    model.add_weighted_adapter(["default"], [2.0], "sum")
+    model.set_adapter("sum")
+    model.train()
+    saved: list[torch.Tensor] = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(**batch)
+    assert any(t.dtype == torch.int8 for t in saved)
 
 
 # -- several adapters --------------------------------------------------------------------------
