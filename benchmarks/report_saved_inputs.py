@@ -22,7 +22,8 @@ def section(result: dict[str, Any]) -> str:
         "| `saved_inputs` | kept | to LoRA | error | of a mean | phoneme error rate | nll |",
         "|---" * 7 + "|",
     ]
-    for form, runs in result["runs"].items():
+    for form in (name for name in saved if name != "lora"):
+        runs = result["runs"].get(form, {})
         cells = [f"`{form}`", f"{saved[form]:.0f} MiB", f"{saved[form] / saved['lora']:.2f}"]
         if form in gradient:
             shown = [v for name, v in gradient[form].items() if name != "by layer"]

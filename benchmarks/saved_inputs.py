@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out = Path(__file__).parent / "results/saved_inputs.json"
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), help="that run")
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=out)
@@ -134,9 +135,9 @@ def main() -> None:
     result["saved_mib"] = kept(base, (4, 128))
     result["gradient"] = gradients(base, batches_of(2, 8), args.draws)
     del base
-    result["runs"] = {form: {} for form in FORMS}
+    result["runs"] = {form: {} for form in args.forms}
     for seed in args.seeds:
-        for form in FORMS:
+        for form in args.forms:
             result["runs"][form][str(seed)] = run(form, seed)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.write_text(json.dumps(result, indent=1) + "\n")
