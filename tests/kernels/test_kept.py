@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.kernels import kept as module
-from sft.kernels.kept import BLOCK, TILE, draw, form_of, keep, kept_reference, restore
+from sft.kernels.kept import BLOCK, TILE, draw, form_in, form_of, keep, kept_reference, restore
 from sft.kernels.philox import philox_reference
 
 SHAPES = [(), (1,), (0, 5), (3, BLOCK), (2, 3, 70), (1, 2 * TILE + 65)]
@@ -195,3 +195,19 @@ def test_a_chunk_is_whole_tiles_and_blocks(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "_CHUNK", TILE)
         assert torch.equal(kept_with(4, x, form), whole)
         monkeypatch.undo()
+
+
+def test_a_layer_draws_one_number_a_call_in_training() -> None:
+    values, states = torch.ones(1, requires_grad=True), []
+    for training in (True, False):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            assert form_in("int8", values, training=training) == "full"
+        states.append(torch.get_rng_state())
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), states[1])
+    keep(torch.ones(1), "int8")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert form_in("int8", values, training=False) == "int8"
+    assert form_in("int8", values.detach(), training=True) == "full"
+    assert torch.equal(torch.get_rng_state(), states[0])

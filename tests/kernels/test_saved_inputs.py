@@ -323,22 +323,6 @@ def test_dropout_after_readers_is_recomputed_as_it_was(
     assert all(map(torch.equal, masks[:3], masks[3:]))
 
 
-def test_a_layer_draws_one_number_a_call_in_training() -> None:
-    values, states = torch.ones(1, requires_grad=True), []
-    for training in (True, False):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            assert form_in("int8", values, training=training) == "full"
-        states.append(torch.get_rng_state())
-    torch.manual_seed(0)
-    assert torch.equal(torch.get_rng_state(), states[1])
-    keep(torch.ones(1), "int8")
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert form_in("int8", values, training=False) == "int8"
-    assert form_in("int8", values.detach(), training=True) == "full"
-    assert torch.equal(torch.get_rng_state(), states[0])
-
-
 def test_of_an_input_that_lives_nothing_is_held_past_its_readers(
     site: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
+from sft.adapters.packing import unpack_supports
+
 
 def evaluated(lab, **more):
     return {"trainer": {"eval_dataset": lab.dataset(8), **more}}
@@ -58,8 +60,9 @@ def test_the_best_model_is_loaded_at_the_end(lab, assert_equal):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-3")
-    saved = load_file(f"{best}/adapter_model.safetensors")
-    found = {n.replace(".default", ""): t for n, t in lab.deltas(trainer.model).items()}
+    saved = {f"{n}.default": t for n, t in load_file(f"{best}/adapter_model.safetensors").items()}
+    saved = unpack_supports(trainer.model, "default", saved)
+    found = lab.deltas(trainer.model)
     assert_equal(found, saved)
     assert_equal(lab.weights(trainer.model), pristine)
 
