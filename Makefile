@@ -47,7 +47,7 @@ types: env  ## mypy --strict
 conformance: env  ## PEFT's own tests on our methods (fetches them from PyPI)
 	@$(PHASE) conformance $(BIN)/python tests/conformance/run.py
 
-bench: env  ## measure methods, peers and kernels side by side (about 15 minutes) and write docs
+bench: env  ## measure methods, peers and kernels side by side (about 25 minutes) and write docs
 	@$(PHASE) "methods and peers" $(BIN)/python benchmarks/methods.py
 	@$(PHASE) "several adapters" $(BIN)/python benchmarks/switching.py
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
