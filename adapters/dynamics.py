@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from sft.adapters.ranks import Ranks
+
 Accumulators = Callable[[nn.Parameter], "tuple[Tensor, Tensor] | None"]
 
 
@@ -57,12 +59,14 @@ class Dynamics(Protocol):
 
     `reads_gradients` tells whether `after_gradients` needs the scale of backward's gradients;
     `reads_accumulators` whether `after_update` needs row and column accumulators. `one_process` is
-    None, or what to say to someone who runs several: "key: why not; remedy".
+    None, or what to say to someone who runs several: "key: why not; remedy". `ranks` are the
+    processes that train together; the driver sets them.
     """
 
     reads_gradients: bool
     reads_accumulators: bool
     one_process: str | None
+    ranks: Ranks
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Prepare for update `step + 1`, made of so many backward passes."""

@@ -16,7 +16,8 @@ from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.dynamics import Dynamics
 from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.checkpoint import load_state, save_state
-from sft.gradient_scale import GradientScale
+from sft.engines.engine import Engine, Removable
+from sft.engines.find import stock_engine
 from sft.identity import (
     base_fingerprint,
     method_settings,
@@ -25,10 +26,8 @@ from sft.identity import (
     warn_of_changes,
 )
 from sft.kernels.library import implementation
-from sft.optim.move import move_state
-from sft.optim.prox import Shrinking, attach
 from sft.stages import check_staged, keep_stage, stage_ends
-from sft.updates import check_per_layer, without_updates
+from sft.updates import without_updates
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +60,10 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self.adds_loss_terms = False  # set by a trainer that does
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
+        self.engine: Engine | None = None  # set by a trainer that knows it
         self._ends: tuple[int, ...] = ()
-        self._scale: GradientScale | None = None
-        self._proximal: Shrinking | None = None
+        self._engine: Engine | None = None
+        self._proximal: Removable | None = None
 
     def on_train_begin(
         self,
@@ -90,19 +90,24 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 "set CUDA_VISIBLE_DEVICES to one of them, or start a process each with torchrun"
             )
         running, optimizer = list(self._dynamics.values()), kwargs["optimizer"]
+        engine = self._engine = self.engine or stock_engine(args, optimizer)
         check_processes(model, running, count=args.world_size)
-        _check_accumulators(any(d.reads_accumulators for d in running), optimizer)
-        check_per_layer(tuner, optimizer)
+        engine.check(tuner)
+        _check_accumulators(any(d.reads_accumulators for d in running), engine)
         self._ends = stage_ends(tuner, state.max_steps)
         check_staged(kwargs.get("lr_scheduler"), self._ends)
+        if len(self._ends) > 1:
+            engine.check_staged()
+        for dynamics in running:
+            dynamics.ranks = engine.ranks
         penalties = [p for name in tuner.active_adapters for p in tuner.penalties(name)]
         if penalties:
-            self._proximal = attach(_unwrap(optimizer), penalties)
+            self._proximal = engine.shrink(penalties)
         if state.global_step == 0:
             for name in tuner.active_adapters:
-                tuner.check_run(name, _unwrap(optimizer), adds_loss_terms=self.adds_loss_terms)
+                tuner.check_run(name, engine.stock, adds_loss_terms=self.adds_loss_terms)
         if any(d.reads_gradients for d in running):
-            self._scale = GradientScale(p for p in model.parameters() if p.requires_grad)
+            engine.watch(p for p in model.parameters() if p.requires_grad)
         enter_resident(model)
         if state.global_step > 0:
             self._resume(args, state, model, tuner)
@@ -123,14 +128,12 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
-        optimizer: Any,
         **_: Any,
     ) -> None:
         """Write the trained values to the weights and hand over the update's gradients."""
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        scale = self._scale.read() if self._scale is not None else 1.0
+        scale = 1.0 if self._engine is None else self._engine.gradient_scale()
         for dynamics in self._dynamics.values():
-            dynamics.after_gradients(0.0 if skipped else scale)
+            dynamics.after_gradients(scale)
         sync_resident(model)
 
     def on_step_end(
@@ -138,33 +141,26 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: Any,
         **kwargs: Any,
     ) -> None:
         """Let each method change its support, and move the optimizer's state along."""
-        stock = _unwrap(optimizer)
+        engine = self._engine
+        if engine is None:
+            return
         for dynamics in self._dynamics.values():
-            changes = dynamics.after_update(state.global_step, lambda p: _accumulators(stock, p))
+            changes = dynamics.after_update(state.global_step, engine.accumulators)
             for change in changes:
-                move_state(
-                    stock,
-                    change.parameter,
-                    change.source,
-                    dim=change.dim,
-                    mean_grad=change.mean_grad,
-                    mean_square=change.mean_square,
-                    updates=change.updates,
-                )
+                engine.move(change)
             count = sum(int((change.source < 0).sum()) for change in changes)
             if count:
                 self.replaced[state.global_step] = count
                 logger.info("step %d: %d weights replaced", state.global_step, count)
         if len(self._ends) > 1 and state.global_step in self._ends:
             control.should_save = True
-            self._end_stage(args, state, kwargs["model"], stock)
+            self._end_stage(args, state, kwargs["model"], engine)
 
     def _end_stage(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, engine: Engine
     ) -> None:
         """Keep the stage, and let the optimizer begin anew before a checkpoint is written."""
         stage = self._ends.index(state.global_step) + 1
@@ -173,7 +169,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             record = {"step": state.global_step, **self.metrics()}
             keep_stage(model, Path(args.output_dir), stage, record)
         if state.global_step < state.max_steps:
-            optimizer.state.clear()
+            engine.begin_anew()
 
     def metrics(self) -> dict[str, float]:
         """Return what the method shows beside the loss, by adapter where several are active."""
@@ -227,11 +223,12 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         """Stop listening to backward and leave resident mode, whatever ended the training."""
         for dynamics in self._dynamics.values():
             dynamics.close()
-        if self._scale is not None:
-            self._scale.close()
         if self._proximal is not None:
             self._proximal.remove()
-        self._dynamics, self._scale, self._proximal, self._ends = {}, None, None, ()
+        if self._engine is not None:
+            self._engine.close()
+        self._dynamics, self._engine, self._proximal, self._ends = {}, None, None, ()
+        self.engine = None  # the next run may have another
         leave_resident(model)
 
     def _resume(
@@ -288,18 +285,9 @@ def check_processes(model: nn.Module, running: list[Dynamics], *, count: int) ->
         )
 
 
-def _check_accumulators(reads: bool, optimizer: Any) -> None:
-    stock = _unwrap(optimizer)
-    if reads and not hasattr(stock, "accumulators"):
+def _check_accumulators(reads: bool, engine: Engine) -> None:
+    if reads and not engine.keeps_accumulators():
         raise ValueError(
             "growth: 'momentum' reads SM3's row and column accumulators, which "
-            f"{type(stock).__name__} does not keep; set the method's optimizer='sm3'"
+            f"{type(engine.stock).__name__} does not keep; set the method's optimizer='sm3'"
         )
-
-
-def _accumulators(optimizer: Any, parameter: nn.Parameter) -> Any:
-    return optimizer.accumulators(parameter)
-
-
-def _unwrap(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)

@@ -21,6 +21,7 @@ from sft.adapters.base import SparseTuner
 from sft.adapters.layer import sparse_layers
 from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
+from sft.engines.find import engine_of
 from sft.homes import ResidentHomes
 from sft.identity import sparse_tuner
 from sft.kernels.sm3 import Positions
@@ -137,6 +138,13 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
             if wants_per_layer(tuner):
                 optimizer = self.optimizer = per_layer(self, optimizer)
         return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as ever, and tell the callback on which engine the run is."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if sparse_tuner(self.model) is not None:
+            self.sparse_callback.engine = engine_of(self)
+        return prepared
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

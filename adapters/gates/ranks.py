@@ -11,6 +11,7 @@ from torch import Tensor
 from sft.adapters.dynamics import Accumulators, Penalty, SupportChange
 from sft.adapters.gates.layer import RANK_DIM, GatedLinear
 from sft.adapters.gates.stages import stage_of
+from sft.adapters.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class RankDynamics:
         self.most = sum(layer.max_rank[adapter] for layer in layers.values())
         self._alive = torch.zeros_like(self._gates(), dtype=torch.bool)
         self.one_process: str | None = None
+        self.ranks: Ranks = ALONE
         if compact_after is not None:
             self.one_process = (
                 f"compact_after: got {compact_after} on several processes, whose gradient buckets "

@@ -24,6 +24,7 @@ from sft.adapters.deltas.schedule import Schedule
 from sft.adapters.deltas.tuner import DeltaTuner
 from sft.adapters.deltas.window import Window
 from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
+from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.select import seeded
 
 GROWTHS = ("gradient", "momentum", "none")
@@ -123,6 +124,8 @@ class _Growth:
         "growth: got a changing support on several processes, whose gradients would choose "
         "different positions; set growth='none' or run one process"
     )
+
+    ranks: Ranks = ALONE
 
     def before_update(self, step: int, micro_batches: int) -> None:
         """Nothing to prepare."""

@@ -103,10 +103,10 @@ def one_window(lab, scale, skip=(), clip=1.0):
             for parameter in parameters:
                 parameter.grad *= clip / optimizer.factor
             optimizer.optimizer.step()
-        callback.on_optimizer_step(args, state, None, model, optimizer)
+        callback.on_optimizer_step(args, state, None, model, optimizer=optimizer)
         model.zero_grad()
         state.global_step += 1
-        callback.on_step_end(args, state, None, optimizer)
+        callback.on_step_end(args, state, None, optimizer=optimizer)
     callback.finish(model)
     layer = next(iter(sparse_layers(model).values()))
     assert callback.replaced

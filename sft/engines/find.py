@@ -1,0 +1,43 @@
+"""Which engine a Trainer runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sft.adapters.ranks import ALONE, ProcessGroup, Ranks
+from sft.engines.engine import Engine
+from sft.engines.plain import PlainEngine
+
+
+def engine_of(trainer: Any) -> Engine:
+    """Return the engine of a Trainer whose model and optimizer are prepared.
+
+    Raises:
+        ValueError: no engine of ours fits.
+    """
+    return PlainEngine(trainer.optimizer, ranks_of(trainer.args))
+
+
+def stock_engine(args: Any, optimizer: Any) -> Engine:
+    """Return the engine of a stock Trainer, which tells its callbacks no more than this.
+
+    Raises:
+        ValueError: it shards: callbacks see none of it.
+    """
+    for key in ("deepspeed", "fsdp"):
+        if getattr(args, key, None):
+            raise ValueError(
+                f"{key}: got a sharding engine under a stock Trainer, which hides it from "
+                "callbacks; train with SparseTrainer"
+            )
+    return PlainEngine(optimizer, ranks_of(args))
+
+
+def ranks_of(args: Any) -> Ranks:
+    """Return the processes of a run."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if args.world_size == 1 or not started:
+        return ALONE
+    return ProcessGroup(args.device)
