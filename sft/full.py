@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from sft.errors import unknown_name
+from sft.quantization import is_quantized
 
 
 @dataclass(kw_only=True)
@@ -64,8 +65,13 @@ class Full:
         """Freeze what is not trained.
 
         Raises:
-            ValueError: a name matches nothing.
+            ValueError: a name matches nothing, or the weights are packed.
         """
+        if is_quantized(model):
+            raise ValueError(
+                "name: got 'full', which trains the model's own weights, and packed ones cannot "
+                "move; leave model.quantization out, or take an adapter such as spiel or s2ft"
+            )
         train_only(model, self.config.modules)
         return model
 

@@ -9,27 +9,36 @@ import torch
 
 from sft import embedded
 from sft.errors import UserError, one_line, unknown_name
+from sft.quantization import loading_arguments
 from sft.schema import ModelSpec
 
 
-def load_model(spec: ModelSpec, key: str = "model.name") -> Any:
+def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = None) -> Any:
     """Load the model named by a recipe, in eval mode, on the CPU.
 
     Args:
         spec: The `model:` section. Code shipped with a model runs only with `trust_remote_code`.
         key: What an error calls the name: where the user gave it.
+        device: Where a quantised model goes, which stays there; default: this process's GPU.
 
     Raises:
         UserError: When the model cannot be found or does not load.
     """
     from transformers import AutoModelForCausalLM
 
+    from sft.adapters.quantized import keep_packed
+
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    return _load(AutoModelForCausalLM, spec, key, dtype=dtype, **extra)
+    how = {"dtype": dtype, **extra}
+    if spec.quantization is not None:
+        how |= loading_arguments(spec, load_config(spec, key), device)
+    model = _load(AutoModelForCausalLM, spec, key, **how)
+    keep_packed(model)
+    return model
 
 
-def load_config(spec: ModelSpec) -> Any:
+def load_config(spec: ModelSpec, key: str = "model.name") -> Any:
     """Load the configuration of the named model, with the fields of `model.config` in place.
 
     Raises:
@@ -39,7 +48,7 @@ def load_config(spec: ModelSpec) -> Any:
 
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     config, unknown = _load(
-        AutoConfig, spec, return_unused_kwargs=True, **extra, **(spec.config or {})
+        AutoConfig, spec, key, return_unused_kwargs=True, **extra, **(spec.config or {})
     )
     if unknown:
         text = unknown_name(next(iter(unknown)), config.to_dict())
@@ -80,4 +89,11 @@ def _load(auto: Any, spec: ModelSpec, key: str = "model.name", **extra: Any) -> 
         raise UserError(
             f"{key}: {spec.name}: does not load ({one_line(error)[:300]}); "
             f"expected a local folder, a hub id, or one of: {', '.join(embedded.MODELS)}"
+        ) from error
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        if spec.quantization is None:
+            raise
+        raise UserError(
+            f"model.quantization: {spec.quantization.bits} does not load here "
+            f"({one_line(error)[:300]}); update bitsandbytes, or leave the section out"
         ) from error

@@ -11,6 +11,35 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class QuantizationSpec(_Section):
+    """How bitsandbytes packs the linear layers of the base; what is trained stays float32."""
+
+    bits: Literal["nf4", "fp4", "int8"]
+    double_quant: bool = Field(default=False, description="4 bits: quantise the scales as well")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="4 bits: what products are computed in; auto: the model's dtype"
+    )
+    storage_dtype: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
+        default="uint8", description="4 bits: what the bytes look like; a float for FSDP"
+    )
+    outlier_threshold: float | None = Field(
+        default=None, ge=0, description="int8: inputs above it stay float16; default 6, 0 for none"
+    )
+    skip_modules: list[str] = Field(
+        default_factory=list, description="left as they are, besides the output head"
+    )
+
+    @model_validator(mode="after")
+    def _of_these_bits(self) -> QuantizationSpec:
+        four = {"double_quant": False, "compute_dtype": "auto", "storage_dtype": "uint8"}
+        others = {"outlier_threshold": None} if self.bits != "int8" else four
+        for key, default in others.items():
+            value = getattr(self, key)
+            if value != default:
+                raise ValueError(f"{key}: got {value}, which {self.bits} has not; leave it out")
+        return self
+
+
 class ModelSpec(_Section):
     """Which model is loaded, and how."""
 
@@ -25,6 +54,15 @@ class ModelSpec(_Section):
         default=None,
         description="random weights: what differs from the named model's configuration, or {}",
     )
+    quantization: QuantizationSpec | None = Field(
+        default=None, description="pack the linear layers in 4 or 8 bits"
+    )
+
+    @model_validator(mode="after")
+    def _packs_what_is_there(self) -> ModelSpec:
+        if self.config is not None and self.quantization is not None:
+            raise ValueError("quantization: got random weights as well; leave one of both out")
+        return self
 
 
 class DataSpec(_Section):
@@ -65,6 +103,10 @@ class ExportSpec(_Section):
 
     merged: bool = True
     verify: bool = Field(default=True, description="reload the merged folder and compare logits")
+    quantized: Literal["dequantize", "requantize", "reference"] = Field(
+        default="dequantize",
+        description="merge into: the dequantised base; the base, packed anew; the base as it was",
+    )
 
 
 class Recipe(_Section):
