@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,6 +124,13 @@ def export(
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
     ] = "auto",
+    quantized: Annotated[
+        str | None,
+        typer.Option(
+            "--quantized",
+            help="Over a packed base, merge into: dequantize (the default), requantize, reference.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a filled folder.")
     ] = False,
@@ -147,9 +154,14 @@ def export(
         quiet_libraries()
         if form == "lora" and is_delta(adapter):
             raise UserError("--format: got lora; a delta has no low rank, take merged")
+        if quantized and (form == "lora" or is_delta(adapter)):
+            raise UserError("--quantized: is of an adapter that is merged; leave it out")
         if form == "merged":
-            write = export_delta if is_delta(adapter) else export_adapter
-            difference = write(adapter, base=base, to=to, dtype=dtype, overwrite=overwrite)
+            asked: dict[str, Any] = {"base": base, "to": to, "dtype": dtype, "overwrite": overwrite}
+            if is_delta(adapter):
+                difference = export_delta(adapter, **asked)
+            else:
+                difference = export_adapter(adapter, **asked, quantized=quantized)
             print(f"{to}: written; reloaded, max |logit difference| {difference:g}")
             return
         ranks, difference = export_adapter_as_lora(

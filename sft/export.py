@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sft.errors import UserError
+from sft.quantization import is_quantized
 from sft.whole import written_whole
 
 Batches = Sequence[dict[str, torch.Tensor]]
@@ -97,6 +98,11 @@ def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
         raise UserError(
             f"merged: {kind} cannot be merged into the weights of a model; use the adapter itself"
         )
+    if hasattr(model, "peft_config") and is_quantized(model):
+        raise UserError(
+            "merged: the base is packed in 4 or 8 bits, and packing the sum anew would round "
+            "deltas away; use sft.export_quantized.export_quantized, which says what it costs"
+        )
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return merged if dtype is None else merged.to(dtype)
 
@@ -160,7 +166,10 @@ def verify_merged(
     """
     from transformers import AutoModelForCausalLM
 
+    from sft.adapters.quantized import keep_packed
+
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    keep_packed(reloaded)
     reloaded.to(batches[0]["input_ids"].device)
     found = logits_of(reloaded, batches)
     worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))

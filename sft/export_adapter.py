@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from sft.errors import UserError, one_line
 from sft.export import export_checked, probe, trained_logits
 from sft.export_lora import export_lora, lora_bound, verify_lora
+from sft.export_quantized import export_quantized
 from sft.models import load_model, load_tokenizer
+from sft.quantization import as_trained, is_quantized
 from sft.schema import ModelSpec
 from sft.whole import refuse_target
 
@@ -18,7 +21,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def export_adapter(
-    adapter: Path, *, base: str | None, to: Path, dtype: str = "auto", overwrite: bool = False
+    adapter: Path,
+    *,
+    base: str | None,
+    to: Path,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    quantized: str | None = None,
+    say: Callable[[str], object] = print,
 ) -> float:
     """Merge a saved adapter into its base, write the result, reload it and compare logits.
 
@@ -28,12 +38,29 @@ def export_adapter(
         to: Folder to write.
         dtype: Cast of the merged weights; "auto" keeps the base's.
         overwrite: Replace `to` when it is filled.
+        quantized: Over a packed base, what to merge into; default: the dequantised base. See
+            `sft.export_quantized`.
+        say: Takes what merging over a packed base changed, line by line.
 
     Returns:
         The largest |logit difference| between the reloaded model and the one in memory.
     """
     tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
-    return export_checked(model, tokenizer, to, cast)
+    if not is_quantized(model):
+        if quantized is not None:
+            raise UserError(
+                f"--quantized: got {quantized}, but the base is not packed; leave it out"
+            )
+        return export_checked(model, tokenizer, to, cast)
+    plain = ModelSpec(name=base or _trained_on(adapter))
+    difference, error = export_quantized(
+        model, tokenizer, to, quantized or "dequantize", [probe(tokenizer)], dtype=cast,
+        reference=lambda: load_model(plain, "--base"),
+    )  # fmt: skip
+    for line in error.lines():
+        say(line)
+    assert difference is not None
+    return difference
 
 
 def export_adapter_as_lora(
@@ -82,7 +109,7 @@ def _opened(
         raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
-    spec = ModelSpec(name=base or _trained_on(adapter))
+    spec = as_trained(adapter, ModelSpec(name=base or _trained_on(adapter)))
     refuse_target(to, overwrite=overwrite, sources=[adapter, spec.name])
     cast = None if dtype == "auto" else getattr(torch, dtype)
     return _tokenizer(adapter, spec), _adapted(adapter, spec), cast

@@ -15,10 +15,12 @@ from sft.encode import Encoded, encode
 from sft.environment import check_kernels, versions
 from sft.errors import UserError
 from sft.export import export_merged, logits_of, merging_bound, verify_merged
+from sft.export_quantized import export_quantized
 from sft.metrics import evaluate, held_out_batches
 from sft.models import load_model, load_tokenizer
 from sft.phases import Phases
 from sft.progress import ProgressReport
+from sft.quantization import is_quantized, write_record
 from sft.recipe import to_yaml
 from sft.schema import Recipe
 from sft.trainable import Trainable, build_method
@@ -85,7 +87,7 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     # autocast stays on the trained model's forward: what is measured and exported is the model
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if method.saved:
-        _save_adapter(model, tokenizer, output / run_folder.ADAPTER, phases)
+        _save_adapter(recipe, model, tokenizer, output / run_folder.ADAPTER, phases)
     with method.trained(model):
         after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
         batches = _batches(recipe, data, tokenizer, held_out, model.device)
@@ -121,8 +123,11 @@ def _load(recipe: Recipe, method: Trainable, phases: Phases) -> tuple[Examples, 
         if method.from_scratch:
             phases.note(f"{recipe.model.name}'s architecture, random weights")
             return data, tokenizer, None
-        model = load_model(recipe.model)
-        phases.note(f"{recipe.model.name}, {model.num_parameters():,} weights, {model.dtype}")
+        device = "cpu" if recipe.training.get("use_cpu") else None
+        model = load_model(recipe.model, device=device)
+        packed = recipe.model.quantization
+        shown = model.dtype if packed is None else f"{packed.bits} and {model.dtype}"
+        phases.note(f"{recipe.model.name}, {model.num_parameters():,} weights, {shown}")
     return data, tokenizer, model
 
 
@@ -225,11 +230,12 @@ def _train(trainer: Any, checkpoint: str | None) -> Any:
             report.close()
 
 
-def _save_adapter(model: Any, tokenizer: Any, folder: Path, phases: Phases) -> None:
+def _save_adapter(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, phases: Phases) -> None:
     """Write the adapter, with the tokenizer it was trained with."""
     with phases.phase("save"), written_whole(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_record(temporary, recipe.model)
         phases.note(f"adapter in {folder}")
 
 
@@ -256,6 +262,8 @@ def _export(
     if not recipe.export.merged:
         return None
     folder = output / run_folder.MERGED
+    if is_quantized(model):
+        return _export_quantized(recipe, model, tokenizer, folder, batches, phases)
     bound = merging_bound(model, expected)
     found: list[float] = []
 
@@ -267,3 +275,20 @@ def _export(
         proof = f"; reloaded: max |logit difference| {found[0]:g}" if found else ""
         phases.note(f"merged model in {folder}{proof}")
     return found[0] if found else None
+
+
+def _export_quantized(
+    recipe: Recipe, model: Any, tokenizer: Any, folder: Path, batches: Any, phases: Phases
+) -> float | None:
+    """Merge over a packed base in the way asked for, and say what that changed."""
+    plain = recipe.model.model_copy(update={"quantization": None})
+    with phases.phase("export"):
+        difference, error = export_quantized(
+            model, tokenizer, folder, recipe.export.quantized, batches,
+            verify=recipe.export.verify, reference=lambda: load_model(plain),
+        )  # fmt: skip
+        for line in error.lines():
+            phases.note(line)
+        proof = "" if difference is None else f"; reloaded: max |logit difference| {difference:g}"
+        phases.note(f"merged model in {folder}{proof}")
+    return difference
