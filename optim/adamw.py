@@ -13,6 +13,7 @@ from sft.kernels.sparse_adamw import sparse_adamw_
 from sft.kernels.write import Home
 from sft.optim.base import ExactOptimizer
 from sft.optim.move import moved
+from sft.optim.shards import local, zeros_like
 
 
 class Homes(Protocol):
@@ -27,6 +28,8 @@ class Homes(Protocol):
 
 class SparseAdamW(ExactOptimizer):
     """AdamW (`sft.kernels.sparse_adamw`) with fp32 moments and an int32 age for each entry.
+
+    State lies where its parameter does: of a DTensor it is one, placed alike.
 
     The weight decay acts on the value itself. For a delta that is a decay towards the pre-trained
     weight. Decay needs fp32 values: of a bf16 value, a shrink by less than 1/512 rounds to nothing.
@@ -123,5 +126,6 @@ class SparseAdamW(ExactOptimizer):
         if not state:
             for key in self.per_entry:
                 dtype = torch.int32 if key == "age" else torch.float32
-                state[key] = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        return [param.detach(), grad, state["exp_avg"], state["exp_avg_sq"], state["age"]]
+                state[key] = zeros_like(param, dtype)
+        entries = (param.detach(), grad, state["exp_avg"], state["exp_avg_sq"], state["age"])
+        return [local(tensor) for tensor in entries]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sft.kernels.soft_threshold import soft_threshold_many_
 from sft.optim.adamw import SparseAdamW
+from sft.optim.shards import local
 
 RULES = ("soft", "reference")
 
@@ -147,6 +148,7 @@ def reference_threshold(value: Tensor, tau: float | Tensor) -> Tensor:
 def _shrink_(parameters: list[Tensor], tau: float, factor: Tensor | None, rule: str) -> None:
     if tau == 0:
         return
+    parameters = [local(parameter) for parameter in parameters]
     if rule == "soft":
         soft_threshold_many_(parameters, tau, factor)
         return

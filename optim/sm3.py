@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from sft.kernels.sm3 import Positions, sm3_, sm3_step_
 from sft.optim.base import ExactOptimizer
 from sft.optim.move import moved
+from sft.optim.shards import is_sharded, largest_over_ranks_, local, rows_held, zeros_like
 
 
 class SM3(ExactOptimizer):
@@ -87,13 +88,17 @@ class SM3(ExactOptimizer):
             positions = self._positions(param)
             state = self._state(param, positions, momentum=bool(group["momentum"]))
             buffer = state.get("momentum")
-            entries = (param.detach(), param.grad, _accumulators(state), buffer)
+            held = None if buffer is None else local(buffer)
+            accumulators, positions = _held(param, _accumulators(state), positions)
+            entries = (local(param.detach()), local(param.grad), accumulators, held)
             if positions is None:
                 sm3_step_(*entries, **options)
             else:
                 placed.append((*entries, positions))
         if placed:
             sm3_(*map(list, zip(*placed, strict=True)), **options)
+        for like, accumulators in _by_mesh(params, self.state):
+            largest_over_ranks_(like, accumulators)
 
     def _state(
         self, param: Tensor, positions: Positions | None, *, momentum: bool
@@ -106,8 +111,7 @@ class SM3(ExactOptimizer):
                 zeros = torch.zeros(size, dtype=torch.float32, device=param.device)
                 state[f"accumulator_{i}"] = zeros
         if momentum and "momentum" not in state:
-            zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            state["momentum"] = zeros
+            state["momentum"] = zeros_like(param, torch.float32)
         return state
 
     def _positions(self, param: Tensor) -> Positions | None:
@@ -123,3 +127,30 @@ class SM3(ExactOptimizer):
 
 def _accumulators(state: dict[str, Any]) -> list[Tensor]:
     return [state[key] for key in sorted(state) if key.startswith("accumulator_")]
+
+
+def _held(
+    param: Tensor, accumulators: list[Tensor], positions: Positions | None
+) -> tuple[list[Tensor], Positions | None]:
+    """Return the accumulators and positions of the rows of a parameter that lie here.
+
+    Accumulators are kept whole by every process: other processes' rows share them. Each takes the
+    largest of its own rows, and after that the largest of all processes.
+    """
+    if not is_sharded(param):
+        return accumulators, positions
+    rows = rows_held(param)
+    if positions is not None:
+        return accumulators, Positions(positions.rows[rows], positions.cols[rows], positions.shape)
+    return [accumulators[0][rows], *accumulators[1:]], None
+
+
+def _by_mesh(
+    params: list[Tensor], state: dict[Tensor, dict[str, Any]]
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """Return a sharded parameter of each mesh, and the accumulators of all on it."""
+    found: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+    for param in filter(is_sharded, params):
+        mesh = param.device_mesh  # type: ignore[attr-defined]
+        found.setdefault(mesh, (param, []))[1].extend(_accumulators(state[param]))
+    return list(found.values())

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.adapters.base import SparseTuner
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.dynamics import Dynamics
+from sft.adapters.gathered import gathered
+from sft.adapters.ranks import Ranks
 from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.checkpoint import load_state, save_state
 from sft.engines.engine import Engine, Removable
@@ -23,6 +26,7 @@ from sft.identity import (
     method_settings,
     model_support_hash,
     sparse_tuner,
+    support_checksum,
     warn_of_changes,
 )
 from sft.kernels.library import implementation
@@ -91,7 +95,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             )
         running, optimizer = list(self._dynamics.values()), kwargs["optimizer"]
         engine = self._engine = self.engine or stock_engine(args, optimizer)
-        check_processes(model, running, count=args.world_size)
+        check_processes(running, engine.ranks)
         engine.check(tuner)
         _check_accumulators(any(d.reads_accumulators for d in running), engine)
         self._ends = stage_ends(tuner, state.max_steps)
@@ -113,7 +117,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, model, tuner)
         else:
             with without_updates(optimizer):
-                _calibrate_pending(model, kwargs["train_dataloader"])
+                _calibrate_pending(model, kwargs["train_dataloader"], engine.ranks)
+        engine.ranks.check_alike("supports", support_checksum(model))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -147,14 +152,18 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         engine = self._engine
         if engine is None:
             return
+        moved = False
         for dynamics in self._dynamics.values():
             changes = dynamics.after_update(state.global_step, engine.accumulators)
+            moved |= bool(changes)
             for change in changes:
                 engine.move(change)
             count = sum(int((change.source < 0).sum()) for change in changes)
             if count:
                 self.replaced[state.global_step] = count
                 logger.info("step %d: %d weights replaced", state.global_step, count)
+        if moved:
+            engine.ranks.check_alike("supports", support_checksum(kwargs["model"]))
         if len(self._ends) > 1 and state.global_step in self._ends:
             control.should_save = True
             self._end_stage(args, state, kwargs["model"], engine)
@@ -164,10 +173,12 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Keep the stage, and let the optimizer begin anew before a checkpoint is written."""
         stage = self._ends.index(state.global_step) + 1
-        logger.info("stage %d of %d ends: %s", stage, len(self._ends), self.metrics())
-        if args.should_save:  # not in on_save: save_strategy="best" drops what is asked for here
-            record = {"step": state.global_step, **self.metrics()}
-            keep_stage(model, Path(args.output_dir), stage, record)
+        record = {"step": state.global_step, **self.metrics()}
+        logger.info("stage %d of %d ends: %s", stage, len(self._ends), record)
+        with gathered(p for p in model.parameters() if p.requires_grad):
+            # not in on_save: save_strategy="best" drops what is asked for here
+            if args.should_save:
+                keep_stage(model, Path(args.output_dir), stage, record)
         if state.global_step < state.max_steps:
             engine.begin_anew()
 
@@ -190,7 +201,10 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Complete the checkpoint with the method's state."""
         tuner = sparse_tuner(model)
-        if tuner is None or not args.should_save:
+        if tuner is None:
+            return
+        PartialState().wait_for_everyone()  # the mark names what each process wrote
+        if not args.should_save:
             return
         tensors = {
             f"{adapter}//{name}": tensor
@@ -265,24 +279,19 @@ def _settings(tuner: SparseTuner, state: TrainerState) -> dict[str, dict[str, An
     return {**method_settings(tuner), "trainer": {"max_steps": state.max_steps}}
 
 
-def _calibrate_pending(model: nn.Module, batches: Any) -> None:
+def _calibrate_pending(model: nn.Module, batches: Any, ranks: Ranks) -> None:
     # the loader draws its shuffle from the global generator: training must not notice
     for name in pending_adapters(model):
         with torch.random.fork_rng():
-            count = calibrate(model, batches, name)
+            count = calibrate(model, batches, name, ranks)
         logger.info("adapter %s: support chosen by %d batches", name, count)
 
 
-def check_processes(model: nn.Module, running: list[Dynamics], *, count: int) -> None:
-    """Raise ValueError on what would let every process choose by its own gradients."""
+def check_processes(running: list[Dynamics], ranks: Ranks) -> None:
+    """Raise ValueError on what one process alone can do."""
     refused = [d.one_process for d in running if d.one_process is not None]
-    if count > 1 and refused:
+    if ranks.count > 1 and refused:
         raise ValueError(refused[0])
-    if count > 1 and pending_adapters(model):
-        raise ValueError(
-            f"selection: got a calibrated one on {count} processes, whose batches would choose "
-            "different positions; call sft.calibrate on one process first, or run one process"
-        )
 
 
 def _check_accumulators(reads: bool, engine: Engine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import (
@@ -18,10 +18,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from sft.adapters.base import SparseTuner
-from sft.adapters.layer import sparse_layers
+from sft.adapters.layer import SparseLayer, sparse_layers
 from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
 from sft.driver import SparseCallback
-from sft.engines.find import engine_of
+from sft.eight_bit import set_min_8bit_size
+from sft.engines.training import EngineMixin
 from sft.homes import ResidentHomes
 from sft.identity import sparse_tuner
 from sft.kernels.sm3 import Positions
@@ -30,19 +31,14 @@ from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.parameter_groups import split_groups
+from sft.precision import keep_precision, trained_tensors
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
 from sft.zeroth_order import ZerothOrder
 from sft.zeroth_order_log import ZerothOrderLogCallback
 
-if TYPE_CHECKING:
-    # TRL's trainers derive from this one too
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
-
-class SparseTrainingMixin(_Base):  # type: ignore[misc]
+class SparseTrainingMixin(EngineMixin):
     """Put before a Trainer class: `class MyTrainer(SparseTrainingMixin, trl.SFTTrainer)`.
 
     Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
@@ -65,8 +61,11 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
     def __init__(
         self, *args: Any, zeroth_order: ZerothOrderConfig | None = None, **kwargs: Any
     ) -> None:
-        known = set(getattr(kwargs.get("model", args[0] if args else None), "peft_config", ()))
+        given_model = kwargs.get("model", args[0] if args else None)
+        known = set(getattr(given_model, "peft_config", ()))
+        trained = trained_tensors(given_model)
         super().__init__(*args, **kwargs)
+        keep_precision(self.model, trained)
         if known and "ref" not in known:
             _copy_reference(self.model)
         given = [c for c in self.callback_handler.callbacks if isinstance(c, SparseCallback)]
@@ -132,19 +131,13 @@ class SparseTrainingMixin(_Base):  # type: ignore[misc]
         finally:
             # the next run may have another model or learning rate
             self.optimizer_cls_and_kwargs = given
+        set_min_8bit_size(optimizer, self.args.optim_args)
         if tuner is not None and made_here:
             for name in tuner.active_adapters:
                 split_groups(optimizer, tuner.parameter_groups(name, self.args.learning_rate))
             if wants_per_layer(tuner):
                 optimizer = self.optimizer = per_layer(self, optimizer)
         return optimizer
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Prepare as ever, and tell the callback on which engine the run is."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if sparse_tuner(self.model) is not None:
-            self.sparse_callback.engine = engine_of(self)
-        return prepared
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -307,17 +300,26 @@ def method_optimizer(
 
 def _positions(tuner: SparseTuner) -> Any:
     """Return a look-up from a values parameter to where its entries lie now."""
-    places = {
-        id(values): (layer, adapter)
-        for layer in sparse_layers(tuner).values()
-        for adapter, values in layer.trained_values.items()
-    }
+    places: dict[int, tuple[nn.Parameter, SparseLayer, str]] = {}
 
     def look_up(parameter: nn.Parameter) -> Positions | None:
-        layer, adapter = places.get(id(parameter), (None, ""))
+        held, layer, adapter = places.get(id(parameter), (None, None, ""))
+        if held is not parameter:  # not asked before, or a sharder has put others in their places
+            places.clear()
+            places.update(_places(tuner))
+            _, layer, adapter = places.get(id(parameter), (None, None, ""))
         pattern = None if layer is None else layer.pattern(adapter)
         if pattern is None:
             return None
         return Positions(pattern.rows(), pattern.columns.long(), pattern.shape)
 
     return look_up
+
+
+def _places(tuner: SparseTuner) -> dict[int, tuple[nn.Parameter, SparseLayer, str]]:
+    """Return by identity the values of all layers, and whose they are."""
+    return {
+        id(values): (values, layer, adapter)
+        for layer in sparse_layers(tuner).values()
+        for adapter, values in layer.trained_values.items()
+    }

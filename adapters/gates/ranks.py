@@ -11,6 +11,7 @@ from torch import Tensor
 from sft.adapters.dynamics import Accumulators, Penalty, SupportChange
 from sft.adapters.gates.layer import RANK_DIM, GatedLinear
 from sft.adapters.gates.stages import stage_of
+from sft.adapters.gathered import gathered
 from sft.adapters.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,9 @@ class RankDynamics:
         }
 
     def _gates(self) -> Tensor:
-        gates = [layer.sora_gate[self.adapter].detach() for layer in self.layers.values()]
-        return torch.cat(gates)
+        layers = self.layers.values()
+        with gathered(layer.sora_gate[self.adapter] for layer in layers):
+            return torch.cat([layer.sora_gate[self.adapter].detach() for layer in layers])
 
     def _compact(self, step: int) -> list[SupportChange]:
         sizes = [len(layer.sora_gate[self.adapter]) for layer in self.layers.values()]

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from sft.adapters.ranks import ALONE, ProcessGroup, Ranks
+from sft.engines.ddp import leave_buffers
 from sft.engines.engine import Engine
+from sft.engines.fsdp_settings import check_fsdp
 from sft.engines.plain import PlainEngine
 
 
@@ -17,7 +19,18 @@ def engine_of(trainer: Any) -> Engine:
     Raises:
         ValueError: no engine of ours fits.
     """
+    if trainer.is_fsdp_enabled:
+        from sft.engines.fsdp import FsdpEngine
+
+        return FsdpEngine(trainer.model, trainer.optimizer, ranks_of(trainer.args))
+    leave_buffers(trainer.model_wrapped, asked=trainer.args.ddp_broadcast_buffers)
     return PlainEngine(trainer.optimizer, ranks_of(trainer.args))
+
+
+def check_engine(trainer: Any) -> None:
+    """Raise ValueError on settings of an engine that can't run, before anything is sharded."""
+    if trainer.is_fsdp_enabled:
+        check_fsdp(trainer)
 
 
 def stock_engine(args: Any, optimizer: Any) -> Engine:

@@ -48,7 +48,7 @@ class PlainEngine:
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Probe one entry of the gradient in backward, and where it is applied."""
-        self._scale = GradientScale(parameters)
+        self._scale = GradientScale(parameters, self.ranks)
 
     def gradient_scale(self) -> float:
         """Return by how much backward's gradients exceed those applied; 0 for a skipped update."""

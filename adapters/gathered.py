@@ -1,0 +1,39 @@
+"""Parameters of which every process holds a part: whole for as long as a block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from torch import Tensor
+
+Gather = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+
+_gathers: list[Gather] = []
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let parameters be whole on every rank in the block; what is written to them there stays.
+
+    Every rank enters the block, and writes the same. A sharder may put another object in a
+    parameter's place: read it from its module anew inside. Nothing happens where nobody shards.
+    """
+    wanted = list(parameters)
+    with ExitStack() as stack:
+        for gather in _gathers:
+            stack.enter_context(gather(wanted))
+        yield
+
+
+class Gathering:
+    """Lets `gathered` use a function, until `remove`."""
+
+    def __init__(self, gather: Gather) -> None:
+        self._gather = gather
+        _gathers.append(gather)
+
+    def remove(self) -> None:
+        """End it; once is enough."""
+        if self._gather in _gathers:
+            _gathers.remove(self._gather)

@@ -1,0 +1,28 @@
+"""The tensors of a sharded model that its adapters' files hold, whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from sft.optim.shards import is_sharded, whole
+
+
+def whole_adapters(model: PeftModel) -> dict[str, Tensor]:
+    """Return the part of a state dict that `save_pretrained` writes; no rank gathers the base.
+
+    Args:
+        model: sharded; every rank takes part.
+    """
+    state: dict[str, Any] = model.state_dict()
+    wanted: set[int] = set()
+    for adapter in model.peft_config:
+        chosen = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=adapter)
+        wanted |= {id(tensor) for tensor in chosen.values()}
+    return {
+        name: whole(tensor) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in state.items()
+        if id(tensor) in wanted or not is_sharded(tensor)
+    }

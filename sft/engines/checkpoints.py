@@ -1,0 +1,55 @@
+"""The optimizer's state beside a checkpoint, whole and by name: any engine can go on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from sft.engines.engine import Engine
+from sft.engines.optimizer_state import OptimizerState, named, names_of
+
+STATE = "sft_optimizer.safetensors"
+
+
+def save_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
+    """Write the engine's state and the learning rate schedule; every rank takes part, one writes.
+
+    Args:
+        trainer: a transformers Trainer.
+        engine: it runs on.
+        folder: the checkpoint.
+    """
+    tensors = engine.state()
+    if trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, folder / STATE, metadata={"format": "pt"})
+        torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
+    """Take over the optimizer's state and schedule of a checkpoint, whatever engine wrote it.
+
+    Raises:
+        ValueError: it holds neither our state nor a plain optimizer's.
+    """
+    names = names_of(trainer.model)
+    if (folder / STATE).is_file():
+        tensors = safetensors.torch.load_file(folder / STATE)
+    elif (folder / OPTIMIZER_NAME).is_file():
+        saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        tensors = named(saved, engine.stock, names)
+    else:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds no {STATE} and no {OPTIMIZER_NAME}; resume "
+            "from a checkpoint of a sparse adapter that was saved with its optimizer"
+        )
+    if engine.consolidates:
+        engine.load_state(tensors)
+    else:
+        OptimizerState(engine.stock).scatter(names, tensors)
+    schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+    trainer.lr_scheduler.load_state_dict(schedule)
