@@ -8,11 +8,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sft.adapters.base import SparseTuner
 from sft.adapters.calibration import Calibration
 from sft.adapters.layer import sparse_layers
+from sft.adapters.ranks import ALONE, Ranks
 
 
 def pending_adapters(model: nn.Module) -> list[str]:
@@ -20,7 +21,12 @@ def pending_adapters(model: nn.Module) -> list[str]:
     return sorted({name for layer in sparse_layers(model).values() for name in layer.pending})
 
 
-def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "default") -> int:
+def calibrate(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    adapter: str = "default",
+    ranks: Ranks = ALONE,
+) -> int:
     """Run batches and choose the adapter's support by what they show.
 
     Runs in eval mode, so dropout draws nothing: forward alone where activations decide, and
@@ -31,6 +37,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
         batches: keyword arguments of the model, labels included where gradients decide; as many are
             read as the configuration says.
         adapter: its name.
+        ranks: processes that read different batches, as many each, and choose by all of them.
 
     Returns:
         The number of batches read.
@@ -48,6 +55,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]], adapter: str = "
         raise ValueError(
             f"calibration: adapter {adapter!r} is trained already; a new support would undo it"
         )
+    calibration.ranks = ranks
     wanted = calibration.num_batches(_length(batches))
     training = model.training
     model.eval()
@@ -70,6 +78,17 @@ def _length(batches: Any) -> int | None:
         return None
 
 
+def _share(batch: Mapping[str, Any], ranks: Ranks) -> float:
+    """Return by what a rank's mean loss counts more than the others': by its labels."""
+    labels = batch.get("labels")
+    if ranks.count == 1 or not isinstance(labels, Tensor):
+        return 1.0
+    counted = labels if labels.dim() < 2 else labels[:, 1:]  # a causal model predicts the next one
+    mine = float((counted != -100).sum())
+    every = sum(row[0] for row in ranks.gather([mine]))
+    return mine * ranks.count / every if every else 1.0
+
+
 def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibration) -> int:
     count = 0
     for batch in batches:
@@ -80,7 +99,7 @@ def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibrat
             loss = getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("calibration: the batches give no loss; they need labels")
-            loss.backward()
+            (loss * _share(batch, calibration.ranks)).backward()
         count += 1
     if count == 0:
         raise ValueError("calibration: got no batches; pass at least one")

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from sft.adapters.ranks import Ranks
+
 
 class Calibration(Protocol):
     """Accumulates scores while batches run, then chooses the support of one adapter.
 
-    `backward` tells whether the batches need a backward pass, and so labels.
+    `backward` tells whether the batches need a backward pass, and so labels. `ranks` are the
+    processes that read different batches and choose alike; `calibrate` sets them.
     """
 
     backward: bool
+    ranks: Ranks
 
     def num_batches(self, available: int | None) -> int:
         """Return how many batches are to be read, of so many; None where that is not known."""

@@ -9,20 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sft.adapters.ranks import ALONE, Ranks
+
 
 class GradientScale:
     """Compares one entry's gradient as backward gave it with the same entry when it is applied.
 
-    Between the two lie loss scaling and clipping by norm, which multiply every gradient by one
-    factor. Gradients read in backward (SpIEL's windows) are divided by it, so that a grown weight
-    starts with moments on the scale of its neighbours'. Clipping entry by entry has no such factor.
+    Between the two lie the mean over the ranks, and loss scaling and clipping by norm, which
+    multiply every gradient by one factor. Gradients read in backward (SpIEL's windows) are divided
+    by it, so that a grown weight starts with moments on the scale of its neighbours'. Clipping
+    entry by entry has no such factor.
 
     Args:
         parameters: trained parameters; the probe is the entry of largest gradient in whichever
             backward reaches first.
+        ranks: backward's gradient is the mean over theirs. With several of them all entries of the
+            probe are kept: which one is largest shows in the mean alone.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks = ALONE) -> None:
+        parameters = list(parameters)
+        self._ranks = ranks
+        self._number = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._probe: nn.Parameter | None = None
         self._slot: Tensor | None = None
         self._sum: Tensor | None = None
@@ -30,11 +38,13 @@ class GradientScale:
 
     def _observe(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self._probe is None:
-            self._probe, self._slot = parameter, gradient.detach().flatten().abs().argmax()
-        if self._probe is not parameter or self._slot is None:
+            self._probe = parameter
+            if self._ranks.count == 1:
+                self._slot = gradient.detach().flatten().abs().argmax()
+        if self._probe is not parameter:
             return
         # autograd may make this very tensor the parameter's grad, which clipping changes in place
-        entry = gradient.detach().flatten()[self._slot].clone()
+        entry = gradient.detach().flatten()[... if self._slot is None else self._slot].clone()
         self._sum = entry if self._sum is None else self._sum + entry
 
     def read(self) -> float:
@@ -44,11 +54,25 @@ class GradientScale:
         """
         raw, slot, probe = self._sum, self._slot, self._probe
         self._sum = self._slot = self._probe = None
+        if self._ranks.count > 1:
+            raw, slot = self._mean(raw, probe)
         if raw is None or slot is None or probe is None or probe.grad is None:
             return 1.0
         entry = probe.grad.flatten()[slot]
         usable = torch.isfinite(raw) and torch.isfinite(entry) and raw != 0 and entry != 0
         return float(raw / entry) if usable else 1.0
+
+    def _mean(
+        self, raw: Tensor | None, probe: nn.Parameter | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the largest entry of the ranks' mean, and where it is."""
+        number = self._number[id(probe)] if probe is not None else len(self._number)
+        self._ranks.check_alike("the parameter that backward reaches first", number)
+        if raw is None:
+            return None, None
+        mean = self._ranks.mean(raw)
+        slot = mean.abs().argmax()
+        return mean[slot], slot
 
     def close(self) -> None:
         """Stop listening to backward."""

@@ -36,6 +36,11 @@ def model_support_hash(model: nn.Module) -> str:
     )
 
 
+def support_checksum(model: nn.Module) -> int:
+    """Return 60 bits of the hash of all supports, for ranks to compare."""
+    return int(model_support_hash(model)[:15], 16)
+
+
 def base_fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 over the fingerprints of the adapted base weights."""
     return support_hash(

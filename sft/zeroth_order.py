@@ -14,8 +14,9 @@ from torch import nn
 
 from sft.adapters.calibrate import calibrate, pending_adapters
 from sft.adapters.layer import sparse_layers
+from sft.adapters.ranks import ALONE as ONE_RANK
 from sft.adapters.resident import sync_layers
-from sft.driver import check_processes
+from sft.engines.find import ranks_of
 from sft.identity import sparse_tuner
 from sft.objectives import NAMED
 from sft.optim.zeroth_order.config import ZerothOrderConfig
@@ -183,10 +184,11 @@ class ZerothOrder:
 
     def _calibrate(self, model: nn.Module) -> None:
         """Choose supports that a batch decides, while gradients may still be asked for."""
-        check_processes(model, [], count=self.trainer.args.world_size)
-        for name in pending_adapters(model):
+        pending = pending_adapters(model)
+        ranks = ranks_of(self.trainer.args) if pending else ONE_RANK
+        for name in pending:
             with torch.random.fork_rng():
-                calibrate(model, self.trainer.get_train_dataloader(), name)
+                calibrate(model, self.trainer.get_train_dataloader(), name, ranks)
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from sft.adapters.config import SparseConfig
 from sft.adapters.deltas.layer import DeltaLayer
+from sft.adapters.deltas.mean_outer import shared
+from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.select import Strategy, candidates_of, strategy
 from sft.kernels.outer import Outer
 from sft.kernels.outer_at import rows_per_block
@@ -25,6 +28,7 @@ class ScoreCalibration:
     """
 
     backward = True
+    ranks: Ranks = ALONE
 
     def __init__(self, layers: dict[str, DeltaLayer], adapter: str, config: SparseConfig) -> None:
         self._layers, self._adapter, self._config = layers, adapter, config
@@ -38,7 +42,7 @@ class ScoreCalibration:
     def open(self) -> None:
         """Tap the gradients of all layers."""
         for name, layer in self._layers.items():
-            layer.site(self._adapter).tap = self._scores[name].add
+            layer.site(self._adapter).tap = partial(self._add, name)
 
     def before_batch(self, batch: Mapping[str, Any]) -> None:
         """Nothing to note: padding gets no gradient."""
@@ -47,6 +51,9 @@ class ScoreCalibration:
         """Remove the taps."""
         for layer in self._layers.values():
             layer.site(self._adapter).tap = None
+
+    def _add(self, name: str, outer: Outer) -> None:
+        self._scores[name].add(shared(outer, self.ranks, name))
 
     def choose(self, count: int) -> None:
         """Place each layer's support where the strategy finds its best scores."""

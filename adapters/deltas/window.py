@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sft.adapters.deltas.mean_outer import shared
 from sft.adapters.deltas.site import DeltaSite
+from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.support import as_indices
 from sft.kernels.outer import Outer
 from sft.kernels.outer_at import rows_per_block
@@ -26,10 +30,21 @@ class Window:
         whole_update: choose the candidates by the gradient of the first whole update. That takes a
             dense gradient of the layer for one update; otherwise its first backward pass decides,
             one row block at a time.
+        name: the module.
+        ranks: the processes that choose together, by the mean of their gradients.
     """
 
-    def __init__(self, site: DeltaSite, *, include_active: bool, whole_update: bool) -> None:
+    def __init__(
+        self,
+        site: DeltaSite,
+        *,
+        include_active: bool,
+        whole_update: bool,
+        name: str = "",
+        ranks: Ranks = ALONE,
+    ) -> None:
         self._site = site
+        self._name, self._ranks = name, ranks
         self._include_active = include_active
         self._whole_update = whole_update
         self._candidates: Pattern | None = None
@@ -54,7 +69,8 @@ class Window:
             return
         if self._candidates is None:
             active = self._site.pattern
-            chosen = topk_outer(outer, len(active), None if self._include_active else active)
+            mean = shared(outer, self._ranks, self._name)
+            chosen = topk_outer(mean, len(active), None if self._include_active else active)
             self._candidates = _pattern(chosen, active)
         gradient = outer.at(self._candidates)
         self._update = gradient if self._update is None else self._update + gradient
@@ -94,6 +110,20 @@ class Window:
         self._candidates = _pattern(chosen, active)
         self._update, self._dense = self._dense[chosen], None
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has to choose candidates by a dense gradient, once the update is whole."""
+        return self._candidates is None and self._whole_update
+
+    def share_dense(self) -> None:
+        """Take the mean over the ranks of the dense gradient, row block by row block."""
+        rows, cols = self._site.pattern.shape
+        if self._dense is None:
+            device = self._site.pattern.indices.device
+            self._dense = torch.zeros(rows * cols, device=device)
+        for block in self._dense.split(rows_per_block(cols, 4) * cols):
+            block.copy_(self._ranks.mean(block))
+
     def close(self) -> None:
         """Stop listening to backward."""
         self._site.tap = None
@@ -116,6 +146,36 @@ class Window:
             self._candidates = Pattern(tensors["candidates"].to(device), active.shape)
             self.total = tensors["total"].to(device)
             self.total_square = tensors["total_square"].to(device)
+
+
+def share_updates(windows: Sequence[Window], ranks: Ranks) -> None:
+    """Let the gradients of one update be the means over the ranks, in all windows of a model.
+
+    A rank whose batches did not reach a layer counts with zeros. Called before `close_update`, by
+    every rank.
+    """
+    if ranks.count == 1:
+        return
+    waiting = [window for window in windows if window.waits]
+    seen = ranks.gather([float(window._dense is not None) for window in waiting])
+    for window, somewhere in zip(waiting, zip(*seen, strict=True), strict=True):
+        if any(somewhere):
+            window.share_dense()
+    chosen = [window for window in windows if window._candidates is not None]
+    if not chosen:
+        return
+    parts = [_with_mark(window._update, len(window.candidates)) for window in chosen]
+    device = chosen[0].candidates.device
+    found = ranks.mean(torch.cat([part.to(device) for part in parts]))
+    for window, mean in zip(chosen, found.split([len(part) for part in parts]), strict=True):
+        window._update = mean[:-1].to(window.candidates.device) if mean[-1] > 0 else None
+
+
+def _with_mark(update: Tensor | None, count: int) -> Tensor:
+    """Return an update and behind it a 1; zeros where there is none."""
+    if update is None:
+        return torch.zeros(count + 1)
+    return torch.cat([update, update.new_ones(1)])
 
 
 def _pattern(chosen: Tensor, active: Pattern) -> Pattern:

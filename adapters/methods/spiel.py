@@ -22,8 +22,9 @@ from sft.adapters.deltas.layer import DeltaLayer
 from sft.adapters.deltas.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
 from sft.adapters.deltas.schedule import Schedule
 from sft.adapters.deltas.tuner import DeltaTuner
-from sft.adapters.deltas.window import Window
+from sft.adapters.deltas.window import Window, share_updates
 from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
+from sft.adapters.gathered import gathered
 from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.select import seeded
 
@@ -120,11 +121,7 @@ class _Growth:
 
     reads_gradients = False
     reads_accumulators = False
-    one_process: str | None = (
-        "growth: got a changing support on several processes, whose gradients would choose "
-        "different positions; set growth='none' or run one process"
-    )
-
+    one_process: str | None = None
     ranks: Ranks = ALONE
 
     def before_update(self, step: int, micro_batches: int) -> None:
@@ -173,10 +170,14 @@ class GradientGrowth(_Growth):
                 layer.site(self.adapter),
                 include_active=self.config.reference,
                 whole_update=whole,
+                name=name,
+                ranks=self.ranks,
             )
 
     def after_gradients(self, scale: float) -> None:
         """Fold the gradients of one update into the open windows."""
+        if scale != 0:
+            share_updates(list(self.windows.values()), self.ranks)
         for window in self.windows.values():
             window.close_update(scale)
 
@@ -196,14 +197,15 @@ class GradientGrowth(_Growth):
         assert window.total is not None and window.total_square is not None
         layer = self.layers[name]
         values = layer.delta_values[self.adapter]
-        chosen = drop_and_grow(
-            layer.delta_indices[self.adapter],
-            values.detach(),
-            window.candidates,
-            window.total,
-            self._num_replaced(layer, step),
-        )
-        self._apply(layer, chosen)
+        with gathered([values]):
+            chosen = drop_and_grow(
+                layer.delta_indices[self.adapter],
+                layer.delta_values[self.adapter].detach(),
+                window.candidates,
+                window.total,
+                self._num_replaced(layer, step),
+            )
+            self._apply(layer, chosen)
         # a kept slot is candidate -1 and reads the padding: a full support has no candidates
         total, total_square = pad(window.total, (0, 1)), pad(window.total_square, (0, 1))
         return SupportChange(
@@ -263,14 +265,15 @@ class MomentumGrowth(_Growth):
         statistics = accumulators(values)
         if statistics is None:
             return None
-        chosen = drop_and_grow_by_product(
-            layer.delta_indices[self.adapter],
-            values.detach(),
-            *statistics,
-            self._num_replaced(layer, step),
-            seeded(self.config.seed, "grow", name, step),
-        )
-        self._apply(layer, chosen)
+        with gathered([values]):
+            chosen = drop_and_grow_by_product(
+                layer.delta_indices[self.adapter],
+                layer.delta_values[self.adapter].detach(),
+                *statistics,
+                self._num_replaced(layer, step),
+                seeded(self.config.seed, "grow", name, step),
+            )
+            self._apply(layer, chosen)
         return SupportChange(name=name, parameter=values, source=chosen.source)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.slices.selection import column_norms
 from sft.adapters.slices.units import UnitGroup
 from sft.kernels.outer_at import rows_per_block
@@ -36,6 +37,8 @@ class UnitCalibration:
         settle: takes the scores by group name, and chooses.
         own_order: keeps the model in its own order for a block: features are counted in it.
     """
+
+    ranks: Ranks = ALONE
 
     def __init__(
         self,
@@ -83,6 +86,8 @@ class UnitCalibration:
 
     def choose(self, count: int) -> None:
         """Choose by the scores."""
+        if not self.backward:
+            self._share()
         unseen = [group.consumer for group in self._groups if group.consumer not in self._sums]
         if unseen:
             raise ValueError(
@@ -90,6 +95,21 @@ class UnitCalibration:
                 "such modules); leave it out with exclude_modules or choose selection='random'"
             )
         self._settle({group.name: self._score(group.consumer).cpu() for group in self._groups})
+
+    def _share(self) -> None:
+        """Let sums and counts be the means over the ranks; their ratio is that of all tokens."""
+        if self.ranks.count == 1:
+            return
+        consumers = list(dict.fromkeys(group.consumer for group in self._groups))
+        tokens = self.ranks.gather([float(self._tokens.get(name, 0)) for name in consumers])
+        for consumer, counts in zip(consumers, zip(*tokens, strict=True), strict=True):
+            if not any(counts):
+                continue
+            held = self._sums.get(consumer)
+            if held is None:
+                held = torch.zeros(self._read(consumer).shape[1])
+            self._sums[consumer] = self.ranks.mean(held) * self.ranks.count
+            self._tokens[consumer] = int(sum(counts))
 
     def _score(self, consumer: str) -> Tensor:
         sums, tokens = self._sums[consumer], max(1, self._tokens[consumer])
@@ -123,7 +143,7 @@ class UnitCalibration:
         h, g = self._masks.keep(consumer, x), self._masks.keep(consumer, g)
         step = rows_per_block(h.shape[1], 4)
         for start in range(0, g.shape[1], step):
-            block = g[:, start : start + step].t() @ h
+            block = self.ranks.mean(g[:, start : start + step].t() @ h)
             self._add(consumer, h, block.square())
 
 
