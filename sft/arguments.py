@@ -9,6 +9,7 @@ import torch
 
 from sft.errors import one_line
 from sft.fields import check_fields
+from sft.processes import count
 from sft.schema import Recipe
 from sft.yaml_source import Source
 
@@ -44,7 +45,9 @@ def machine_defaults() -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     renamed = "activation_checkpointing" in {field.name for field in fields(SFTConfig)}
+    together = {"use_cpu": True} if count() > 1 and not torch.accelerator.is_available() else {}
     return {
+        **together,  # processes on CPUs find one another when told so
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "activation_checkpointing" if renamed else "gradient_checkpointing": False,
         "dataloader_pin_memory": gpu,

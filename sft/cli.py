@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +36,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"sft: {error}", file=sys.stderr)
+        from sft.processes import say
+
+        say(error)
         raise typer.Exit(2) from None
 
 
@@ -64,6 +65,10 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe; load no model.")
     ] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no live bar.")] = False,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="Start so many here, one for each GPU or socket."),
+    ] = 1,
 ) -> None:
     """Fine-tune a model by a recipe.
 
@@ -71,8 +76,17 @@ def train(
         sft train quickstart
 
         sft train my.yaml method.density=0.01 training.learning_rate=5e-3 --dry-run
+
+        sft train my.yaml --processes 2
+
+        torchrun --nproc_per_node 2 -m sft train my.yaml
     """
     with user_errors():
+        if processes > 1 and not dry_run:
+            from sft.processes import start
+
+            start(processes, _train_arguments(recipe, overrides or [], plain=plain))
+            return
         from sft.quiet import quiet_libraries
 
         quiet_libraries()
@@ -88,6 +102,11 @@ def train(
 
         console = Console(force_terminal=False) if plain else Console()
         train_from_recipe(resolved, console)
+
+
+def _train_arguments(recipe: str, overrides: list[str], *, plain: bool) -> list[str]:
+    """Return the command line of one process."""
+    return ["train", recipe, *overrides, *(["--plain"] if plain else [])]
 
 
 @app.command()

@@ -19,6 +19,7 @@ from sft.export_quantized import export_quantized
 from sft.metrics import evaluate, held_out_batches
 from sft.models import load_model, load_tokenizer
 from sft.phases import Phases
+from sft.processes import Team
 from sft.progress import ProgressReport
 from sft.quantization import is_quantized, write_record
 from sft.recipe import to_yaml
@@ -55,7 +56,8 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     Raises:
         UserError: When the recipe, its files and its model do not fit together.
     """
-    console = console or Console()
+    team = Team(cpu=bool(recipe.training.get("use_cpu")))
+    console = (console or Console()) if team.first else Console(quiet=True)
     phases = Phases(console)
     check_kernels()
     _seed_everything(recipe.seed)
@@ -63,7 +65,8 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     output = Path(recipe.training["output_dir"])
     checkpoint = run_folder.check(output, resume=resume, overwrite=recipe.overwrite)
     method = build_method(recipe.method)
-    data, tokenizer, model = _load(recipe, method, phases)
+    with team.first_on_each_machine_first():
+        data, tokenizer, model = _load(recipe, method, phases)
     with phases.phase("method"):
         model = _attached(recipe, method, model)
         report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
@@ -72,8 +75,10 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         except ValueError as error:
             raise UserError(f"training: {error}") from error
         # everything fits: from here on the folder is this run's
-        run_folder.clear(output, keep_checkpoints=checkpoint is not None)
-        (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+        team.wait()  # for all to have looked into it
+        if team.first:
+            run_folder.clear(output, keep_checkpoints=checkpoint is not None)
+            (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
         trained, total = method.counts(model)
         phases.note(_trains(recipe, trained, total))
         if not (method.saved or recipe.export.merged):
@@ -86,19 +91,23 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
     # autocast stays on the trained model's forward: what is measured and exported is the model
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if method.saved:
+    if method.saved and team.first:
         _save_adapter(recipe, model, tokenizer, output / run_folder.ADAPTER, phases)
     with method.trained(model):
         after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
         batches = _batches(recipe, data, tokenizer, held_out, model.device)
         expected = logits_of(model, batches) if recipe.export.merged else []
-    difference = _export(recipe, model, tokenizer, output, batches, expected, phases)
+    difference = None
+    if team.first:
+        difference = _export(recipe, model, tokenizer, output, batches, expected, phases)
     result = RunResult(
         output, before, after, trained, total, outcome.global_step, outcome.training_loss,
         difference, phases.seconds,
     )  # fmt: skip
-    record = dataclasses.asdict(result) | {"versions": versions(), "recipe": recipe.model_dump()}
-    run_folder.write_record(output, record)
+    if team.first:
+        notes = {"versions": versions(), "recipe": recipe.model_dump()}
+        run_folder.write_record(output, dataclasses.asdict(result) | notes)
+    team.leave()
     return result
 
 
