@@ -32,6 +32,7 @@ from sft.optim.sm3 import SM3
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.parameter_groups import split_groups
 from sft.precision import keep_precision, trained_tensors
+from sft.processes import check_in_touch
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
 from sft.zeroth_order import ZerothOrder
@@ -90,8 +91,10 @@ class SparseTrainingMixin(EngineMixin):
             **kwargs: passed on.
 
         Raises:
-            ValueError: there is no whole checkpoint to resume from.
+            ValueError: there is no whole checkpoint to resume from, or processes that were started
+                together do not find one another.
         """
+        check_in_touch(self.args)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_checkpoint()
         try:
