@@ -19,7 +19,7 @@ from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 from sft.adapters.packing import pack_supports, unpack_supports
-from sft.adapters.quantized import keep_packed
+from sft.adapters.quantized import check_unpacks, keep_packed
 
 Owners = dict[int, list[tuple[str, nn.Module]]]
 
@@ -113,7 +113,8 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
     # -- injection -----------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """See to it that a packed base stays what it is, before a method reads it."""
+        """See to it that a packed base is what it is, and stays it, before a method reads it."""
+        check_unpacks(model)
         keep_packed(model)
 
     def inject_adapter(

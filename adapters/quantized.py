@@ -20,10 +20,10 @@ def packing(module: nn.Module) -> str | None:
 
     By the name of the weight's class, as PEFT tells it: bitsandbytes takes seconds to import.
     """
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")  # not an adapter layer's, which shows its base's
     kind = type(weight).__name__
     if kind == _FOUR:
-        return str(weight.quant_type)  # type: ignore[union-attr]
+        return str(weight.quant_type)
     return "int8" if kind == _EIGHT else None
 
 
@@ -82,6 +82,26 @@ def requantised(module: nn.Module, weight: Tensor) -> nn.Parameter:
     )
     packed = fresh.to(old.device)
     return packed
+
+
+def check_unpacks(model: nn.Module) -> None:
+    """Raise on weights that bitsandbytes packs well and unpacks wrongly.
+
+    On a CPU its 4-bit kernels begin a block with each row; it packs in blocks that run on.
+
+    Raises:
+        ValueError: rows are no multiple of a block.
+    """
+    for name, module in packed_modules(model):
+        weight: Any = module.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+            continue
+        raise ValueError(
+            f"quantization: got {packing(module)} for {name!r}, whose rows of {state.shape[-1]} "
+            f"weights are no multiple of {state.blocksize}: bitsandbytes unpacks those wrongly on "
+            f"a CPU; leave it out with skip_modules=[{name.rpartition('.')[2]!r}], or take int8"
+        )
 
 
 def keep_packed(model: nn.Module) -> None:

@@ -22,11 +22,11 @@ def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = No
         device: Where a quantised model goes, which stays there; default: this process's GPU.
 
     Raises:
-        UserError: When the model cannot be found or does not load.
+        UserError: When the model cannot be found, does not load, or cannot be packed.
     """
     from transformers import AutoModelForCausalLM
 
-    from sft.adapters.quantized import keep_packed
+    from sft.adapters.quantized import check_unpacks, keep_packed
 
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
@@ -34,6 +34,10 @@ def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = No
     if spec.quantization is not None:
         how |= loading_arguments(spec, load_config(spec, key), device)
     model = _load(AutoModelForCausalLM, spec, key, **how)
+    try:
+        check_unpacks(model)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
     keep_packed(model)
     return model
 
