@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,13 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+def for_loss(parameter: Tensor) -> Tensor:
+    """Return all of a parameter for a term of the loss; backward reaches each process's share."""
+    sharded: Any = parameter
+    whole: Tensor = sharded.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
+
+
 class Gathering:
     """Lets `gathered` use a function, until `remove`."""
 
@@ -37,3 +45,16 @@ class Gathering:
         """End it; once is enough."""
         if self._gather in _gathers:
             _gathers.remove(self._gather)
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Tell whether a tensor is a parameter that ZeRO-3 has partitioned: it looks empty."""
+    return hasattr(tensor, "ds_id")
+
+
+def read_whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, or a copy of all of it where it is partitioned; collective then."""
+    if not is_partitioned(tensor):
+        return tensor
+    with gathered([tensor]):
+        return tensor.detach().clone()

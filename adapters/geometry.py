@@ -42,7 +42,8 @@ def layer_kind(base: nn.Module) -> Kind | None:
 def _are_experts(base: nn.Module) -> bool:
     """Tell whether this is a module of 3-D parameters behind transformers' experts interface."""
     down = getattr(base, "down_proj", None)
-    return type(down) is nn.Parameter and down.dim() == 3 and hasattr(base, "is_transposed")
+    plain = type(down) is nn.Parameter or hasattr(down, "device_mesh")  # whole, or FSDP's shard
+    return plain and down.dim() == 3 and hasattr(base, "is_transposed")
 
 
 def stored_weight(base: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from sft.adapters.gathered import gathered
 from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
 from sft.adapters.merging import MergeStack, announce, check_mergeable, own_index
 from sft.adapters.region import Region, Whole
@@ -191,7 +192,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def pretrained_weight(self) -> Tensor:
         """Return the dense weight without deltas: (rows, cols), dequantised if it is packed."""
         self._residency.restore()
-        return self.get_base_weight()
+        with gathered([self._stored_weight()]):
+            return self.get_base_weight()
 
     def made_for(self, name: str) -> int:
         """Return the fingerprint of the base weight that the adapter belongs to; 0 matches any."""

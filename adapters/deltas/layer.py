@@ -7,6 +7,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from sft.adapters.deltas.site import DeltaSite
+from sft.adapters.gathered import gathered
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.residency import Residence
@@ -94,8 +95,8 @@ class DeltaLayer(SparseLayer):
             source: (k,) int64, the old slot each new slot keeps, or -1 for one that starts at 0.
         """
         self._residency.restore()
-        values = self.delta_values[name]
-        with torch.no_grad():
+        with gathered([self.delta_values[name]]), torch.no_grad():
+            values = self.delta_values[name]
             kept = values.index_select(0, source.clamp(min=0))
             values.copy_(torch.where(source >= 0, kept, kept.new_zeros(())))
         old = self.delta_indices[name]

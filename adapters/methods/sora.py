@@ -26,6 +26,7 @@ from sft.adapters.dynamics import Dynamics, Penalty
 from sft.adapters.gates.layer import GatedLinear
 from sft.adapters.gates.ranks import RankDynamics
 from sft.adapters.gates.stages import stage_ends, strengths_between
+from sft.adapters.gathered import for_loss
 from sft.adapters.layer import SparseLayer
 from sft.adapters.registry import register_all
 from sft.adapters.select import seeded
@@ -208,7 +209,8 @@ class SoRAModel(SparseTuner):
         if not config.l1:
             return None
         gates = self._gates(adapter_name)
-        return config.l1 * torch.cat([*gates]).abs().sum() / (config.r * len(gates))
+        whole = torch.cat([for_loss(gate) for gate in gates])
+        return config.l1 * whole.abs().sum() / (config.r * len(gates))
 
     def check_run(self, adapter_name: str, optimizer: Optimizer, *, adds_loss_terms: bool) -> None:
         """Raise if nobody adds the L1 term, or the gates learn at another rate than theirs."""

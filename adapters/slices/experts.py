@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft.adapters.gathered import gathered
 from sft.adapters.region import ExpertLines, Region
 from sft.adapters.slices.layer import SliceLinear
 from sft.adapters.slices.permuted import PermutedUnits
@@ -156,12 +157,15 @@ class SliceExperts(SliceLinear):
     def pretrained_weight(self) -> Tensor:
         """Return (hidden, experts * channels), the columns numbered through the experts."""
         self._residency.restore()
-        return expert_columns(self.get_base_layer())
+        with gathered([self._stored_weight()]):
+            return expert_columns(self.get_base_layer())
 
     def _obstacle(self) -> str | None:
         base = self.get_base_layer()
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
             return "it carries hooks"
+        if type(base.down_proj) is not nn.Parameter:
+            return f"its weight is a {type(base.down_proj).__name__} (sharded)"
         return "its weight is on the meta device" if base.down_proj.is_meta else None
 
 

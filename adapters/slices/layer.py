@@ -8,6 +8,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from sft.adapters.gathered import gathered
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.region import Lines, Region
@@ -98,10 +99,12 @@ class SliceLinear(SparseLayer):
         """
         self.permuted.restore()
         self._residency.restore()
-        own, old = self.s2ft_values[name], self.s2ft_indices[name]
         if values is None:
             values = torch.zeros(len(features), self._line)
-        own.data = values.to(own.device, own.dtype)
+        with gathered([self.s2ft_values[name]]):
+            own = self.s2ft_values[name]
+            own.data = values.to(own.device, own.dtype)
+        old = self.s2ft_indices[name]
         self.s2ft_indices[name] = features.to(old.device, torch.int32)
         look_again(self)
         self.settle()
