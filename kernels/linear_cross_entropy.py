@@ -70,12 +70,20 @@ def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, tail: Tail | None = None
 ) -> Tensor:
     """Return the same from whole logits, by torch's own cross-entropy."""
-    scale, softcap = tail or Tail()
-    logits = F.linear(x, weight, bias) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    return whole_cross_entropy(F.linear(x, weight, bias), targets, tail or Tail())
+
+
+def whole_cross_entropy(logits: Tensor, targets: Tensor, tail: Tail) -> Tensor:
+    """Return sum_i -log softmax(tail(logits_i))[t_i], summed in float32 or wider."""
+    logits = apply_tail(logits, tail)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets, reduction="sum")
+
+
+def apply_tail(logits: Tensor, tail: Tail) -> Tensor:
+    """Return what a model makes of its logits."""
+    logits = logits if tail.scale == 1 else logits * tail.scale
+    return logits if tail.softcap is None else torch.tanh(logits / tail.softcap) * tail.softcap
 
 
 class _Chunked(torch.autograd.Function):

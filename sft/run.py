@@ -217,7 +217,7 @@ def _build_trainer(
         eval_dataset=data.held_out if arguments.eval_strategy != "no" else None,
         processing_class=tokenizer,
         callbacks=[report] if config is not None else [report, MarkCheckpoints()],
-        **({} if config is None else {"zeroth_order": config}),
+        zeroth_order=config,
     )
     trainer.remove_callback(PrinterCallback)
     if config is not None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
-from torch.nn import functional
 from trl import SFTTrainer
 
+from sft.chunked_loss import causal_model, chunked_nll
 from sft.trainer import SparseTrainingMixin
 
 
 class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose loss, on a CPU, is computed where there are labels and nowhere else.
+    """SFTTrainer whose loss, on a CPU, is computed where there are labels, in chunks.
 
     TRL's loss also computes entropy and accuracy, over the vocabulary at every position: on two
     cores that was a quarter of a step of a 135M model. Elsewhere, or for any other loss than plain
@@ -30,11 +29,10 @@ class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Return the mean negative log-likelihood of the labels."""
         if return_outputs or not self._lean(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return labelled_nll(model, inputs, num_items_in_batch)
+        return chunked_nll(model, inputs, num_items_in_batch)[0]
 
     def _lean(self, inputs: dict[str, Any]) -> bool:
         model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = getattr(model, "active_peft_config", None)
         return (
             # a prompt that is put before the inputs moves their positions
@@ -46,28 +44,9 @@ class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
             and self.compute_loss_func is None
             and not self.aux_loss_enabled
             and "attention_mask" in inputs
-            and "logits_to_keep" in inspect.signature(base.forward).parameters
+            and "logits_to_keep" in inspect.signature(causal_model(model).forward).parameters
         )
 
 
 class SparseSFTTrainer(SparseTrainingMixin, _LeanSFTTrainer):
     """`trl.SFTTrainer` for models with a sparse adapter; takes the same arguments."""
-
-
-def labelled_nll(model: Any, inputs: dict[str, Any], count: Any = None) -> torch.Tensor:
-    """Return the negative log-likelihood of the labels, over `count` or their number.
-
-    Args:
-        model: A causal language model that takes `logits_to_keep`.
-        inputs: input_ids, attention_mask and labels, (batch, length); -100 marks no label.
-        count: What the sum is divided by: the labels of all micro-batches of an update.
-    """
-    labels = inputs["labels"][:, 1:]  # (batch, length - 1): what each position should predict
-    columns = (labels != -100).any(0).nonzero().flatten()
-    rest = {key: value for key, value in inputs.items() if key != "labels"}
-    logits = model(**rest, use_cache=False, logits_to_keep=columns).logits  # (batch, kept, vocab)
-    kept = labels[:, columns]
-    wanted = kept != -100
-    total = functional.cross_entropy(logits[wanted].float(), kept[wanted], reduction="sum")
-    divisor = wanted.sum().clamp(min=1) if count is None else torch.as_tensor(count)
-    return total / divisor
