@@ -296,8 +296,8 @@ def _export_quantized(
             model, tokenizer, folder, recipe.export.quantized, batches,
             verify=recipe.export.verify, reference=lambda: load_model(plain),
         )  # fmt: skip
-        for line in error.lines():
-            phases.note(line)
         proof = "" if difference is None else f"; reloaded: max |logit difference| {difference:g}"
         phases.note(f"merged model in {folder}{proof}")
+    for line in error.lines():
+        phases.console.print(line, highlight=False, soft_wrap=True, markup=False)
     return difference
