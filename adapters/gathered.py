@@ -53,8 +53,8 @@ def is_partitioned(tensor: object) -> bool:
 
 
 def read_whole(tensor: Tensor) -> Tensor:
-    """Return a tensor, or a copy of all of it where it is partitioned; collective then."""
+    """Return a tensor, or a copy of all of it where ranks hold parts of it; collective then."""
     if not is_partitioned(tensor):
-        return tensor
+        return for_loss(tensor.detach())
     with gathered([tensor]):
         return tensor.detach().clone()

@@ -19,7 +19,6 @@ from sft.engines.shard_scale import ShardScale
 from sft.optim.move import move_state
 from sft.optim.prox import attach
 from sft.optim.shards import is_sharded, put_, whole
-from sft.updates import wants_per_layer
 
 Holder = tuple[nn.Module, str]
 
@@ -53,20 +52,7 @@ class FsdpEngine:
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def check(self, tuner: SparseTuner) -> None:
-        """Raise on what needs whole weights or parameters that change their size."""
-        configs = [tuner.peft_config[name] for name in tuner.active_adapters]
-        for key, allowed in _REFUSED.items():
-            for config in configs:
-                value, why = getattr(config, key, allowed[0]), allowed[1]
-                if value != allowed[0]:
-                    raise ValueError(
-                        f"{key}: got {value!r} under FSDP, {why}; set {key}={allowed[0]!r}"
-                    )
-        if wants_per_layer(tuner):
-            raise ValueError(
-                "per_layer_updates: got True under FSDP, which hands out gradients after backward; "
-                "set per_layer_updates=False"
-            )
+        """Raise on what shards can't follow; `check_fsdp` has seen to the rest."""
         if type(self.stock).__module__.startswith("bitsandbytes"):
             raise ValueError(
                 f"optim: got {type(self.stock).__name__} under FSDP, whose shards it can't step; "
@@ -149,6 +135,10 @@ class FsdpEngine:
         self._reshard()
         OptimizerState(self.stock).scatter(names_of(self._model), tensors)
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each group of the optimizer."""
+        return [list(group["params"]) for group in self.stock.param_groups]
+
     def close(self) -> None:
         """Stop listening to backward."""
         if self._scale is not None:
@@ -171,14 +161,6 @@ class FsdpEngine:
                 if id(parameter) in wanted:
                     found.setdefault(id(parameter), []).append((module, attribute))
         return [(wanted[key], where) for key, where in found.items()]
-
-
-# by key: the value that runs, and why no other does
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "compact_after": (None, "whose shards keep their size"),
-    "layout": ("index", "where no weight lies whole that could be reordered"),
-    "trainable_scale": (False, "which shards no scalar"),
-}
 
 
 def _stand_in(sharded: Any) -> nn.Parameter:

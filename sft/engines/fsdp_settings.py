@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from sft.adapters.base import SparseTuner
+from sft.adapters.calibrate import pending_adapters
+from sft.identity import sparse_tuner
+
 
 def check_fsdp(trainer: Any) -> None:
     """Raise on settings that would fail, or go wrong, once the model is sharded.
@@ -29,7 +33,25 @@ def check_fsdp(trainer: Any) -> None:
             "fsdp: got true with zeroth_order, which perturbs whole parameters in every process; "
             "leave fsdp out: without backward, the weights are all the memory there is"
         )
+    tuner = sparse_tuner(trainer.model)
+    assert tuner is not None
+    check_method(tuner, pending=bool(pending_adapters(trainer.model)))
     check_dtypes(trainer.model)
+
+
+def check_method(tuner: SparseTuner, *, pending: bool) -> None:
+    """Raise on settings of active adapters that need whole weights, or other sizes of values.
+
+    Args:
+        tuner: of the model.
+        pending: a support is still to be chosen, by batches.
+    """
+    refused = _REFUSED | (_REFUSED_PENDING if pending else {})
+    for config in (tuner.peft_config[name] for name in tuner.active_adapters):
+        for key, (allowed, why) in refused.items():
+            value = getattr(config, key, allowed)
+            if value != allowed:
+                raise ValueError(f"{key}: got {value!r} under FSDP, {why}; set {key}={allowed!r}")
 
 
 def check_dtypes(model: nn.Module) -> None:
@@ -40,3 +62,15 @@ def check_dtypes(model: nn.Module) -> None:
             f"fsdp: got trained parameters of {' and '.join(sorted(found))}, allowed is one dtype; "
             "leave autocast_adapter_dtype at True and load modules_to_save in float32"
         )
+
+
+# by key: the value that runs, and why no other does
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "compact_after": (None, "whose shards keep their size"),
+    "layout": ("index", "where no weight lies whole that could be reordered"),
+    "trainable_scale": (False, "which shards no scalar"),
+    "per_layer_updates": (False, "which hands out gradients after backward"),
+}
+_REFUSED_PENDING: dict[str, tuple[Any, str]] = {
+    "allocation": ("uniform", "whose shards keep their size while batches choose a support"),
+}
