@@ -30,6 +30,7 @@ from sft.identity import (
     warn_of_changes,
 )
 from sft.kernels.library import implementation
+from sft.recompute import Floor, check_checkpoints
 from sft.stages import check_staged, keep_stage, stage_ends
 from sft.updates import without_updates
 
@@ -68,6 +69,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self._ends: tuple[int, ...] = ()
         self._engine: Engine | None = None
         self._proximal: Removable | None = None
+        self._floor: Floor | None = None
 
     def on_train_begin(
         self,
@@ -97,6 +99,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         engine = self._engine = self.engine or stock_engine(args, optimizer)
         check_processes(running, engine.ranks)
         engine.check(tuner)
+        if engine.name != "deepspeed":
+            check_checkpoints(model)
         _check_accumulators(any(d.reads_accumulators for d in running), engine)
         self._ends = stage_ends(tuner, state.max_steps)
         check_staged(kwargs.get("lr_scheduler"), self._ends)
@@ -112,6 +116,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 tuner.check_run(name, engine.stock, adds_loss_terms=self.adds_loss_terms)
         if any(d.reads_gradients for d in running):
             engine.watch(p for p in model.parameters() if p.requires_grad)
+        self._floor = Floor(model)
         enter_resident(model)
         if state.global_step > 0:
             self._resume(args, state, model, tuner)
@@ -239,9 +244,12 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             dynamics.close()
         if self._proximal is not None:
             self._proximal.remove()
+        if self._floor is not None:
+            self._floor.remove()
         if self._engine is not None:
             self._engine.close()
-        self._dynamics, self._engine, self._proximal, self._ends = {}, None, None, ()
+        self._dynamics, self._engine, self._proximal, self._floor = {}, None, None, None
+        self._ends = ()
         self.engine = None  # the next run may have another
         leave_resident(model)
 
