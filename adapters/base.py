@@ -19,6 +19,7 @@ from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 from sft.adapters.packing import pack_supports, unpack_supports
+from sft.adapters.shapes import on_meta
 from sft.adapters.quantized import check_unpacks, keep_packed
 
 Owners = dict[int, list[tuple[str, nn.Module]]]
@@ -130,8 +131,7 @@ class SparseTuner(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._owners = {}
         config = self.peft_config[adapter_name]
-        low_memory = kwargs.get("low_cpu_mem_usage", False)
-        self.attach(adapter_name, config, self._targets, on_meta=low_memory)
+        self.attach(adapter_name, config, self._targets, on_meta=on_meta(kwargs))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from sft.adapters.region import Positions, Region
@@ -15,6 +16,8 @@ from sft.kernels.write import Home, write_homes_
 
 Key = tuple[str, int, int]
 
+# fake tensors stand in for plain ones when a run is planned
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 _STOCK_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
 
 
@@ -135,7 +138,7 @@ def write_all(due: Iterable[Due]) -> None:
         residency, name, residence = one
         if residency.holds(name, residence):
             continue
-        weight = residency._weight().data_ptr()
+        weight = residency._weight().untyped_storage()._cdata
         if weight in waiting:  # of two layers over one weight, the later one writes last
             _write_waiting(waiting)
         residency.prepare(residence.region)
@@ -159,7 +162,7 @@ def _write_waiting(waiting: dict[int, tuple[Due, Home]]) -> None:
 def obstacle(base: nn.Module) -> str | None:
     """Return why the weight of `base` can't hold the effective weight, or None if it can."""
     weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
+    if not isinstance(weight, Tensor) or type(weight) not in _PLAIN:
         return f"its weight is a {type(weight).__name__} (quantised or sharded)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype} (quantised)"

@@ -53,7 +53,7 @@ def pretrain_model(
             _materialise(base, torch.device(device))
         base.tie_weights()
         base.to(device)  # buffers
-        _train_dense(model)
+        train_dense(model)
     return model
 
 
@@ -75,7 +75,7 @@ def _materialise(base: Any, device: torch.device) -> None:
                 )
 
 
-def _train_dense(model: PeftModel) -> None:
+def train_dense(model: PeftModel) -> None:
     """Train what was materialised, and nothing of the weights that are gone."""
     gone = {id(layer.get_base_layer().weight) for layer in sparse_layers(model).values()}
     for parameter in model.parameters():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sft.adapters.region import Region
+from sft.adapters.shapes import has_content
 
 if TYPE_CHECKING:
     from sft.adapters.slices.layer import SliceLinear
@@ -81,7 +82,7 @@ class SliceSite:
 
 def _run(indices: Tensor) -> int | None:
     """Return the first index if each other one is the next after the one before it."""
-    if indices.is_meta or indices.numel() == 0:
-        return None
+    if not has_content(indices) or indices.numel() == 0:
+        return None  # of what has no content, the general case
     whole = bool((indices[1:] == indices[:-1] + 1).all())
     return int(indices[0]) if whole else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sft.adapters.base import SparseTuner
 from sft.adapters.geometry import Kind, layer_kind
 from sft.adapters.layer import SparseLayer
+from sft.adapters.shapes import on_meta
 from sft.adapters.slices.experts import SliceExperts, expert_columns
 from sft.adapters.slices.layer import SliceLinear
 from sft.adapters.slices.permuted import PermutedUnits
@@ -66,8 +67,7 @@ class SliceTuner(SparseTuner):
         # whatever is refused is refused before a module is wrapped
         groups = self.find(config, model)
         _check_sides(model, groups)
-        on_meta = kwargs.get("low_cpu_mem_usage", False)
-        self._chosen = self.choose(groups, config, on_meta=on_meta)
+        self._chosen = self.choose(groups, config, on_meta=on_meta(kwargs))
         self._sides = {slot.module: slot.side for group in groups for slot in group.slots}
         self.set_groups(adapter_name, groups, moved=config.layout == "permuted")
         super().inject_adapter(model, adapter_name, *args, **kwargs)

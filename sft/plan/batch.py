@@ -1,0 +1,98 @@
+"""The batch that a plan is for: the longest rows of the data, or as long as the recipe allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sft.errors import UserError
+from sft.schema import Recipe
+
+# rows whose text is longest are encoded, so many for each row of a batch
+ENCODED = 16
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shape of a micro-batch of one process.
+
+    Args:
+        rows: of it.
+        length: tokens of each row, padding included.
+        columns: positions at which some row has a label.
+        labels: how many there are in all.
+        source: where these numbers are from, in words.
+    """
+
+    rows: int
+    length: int
+    columns: int
+    labels: int
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes."""
+        return self.rows * self.length
+
+    def wide(self, rows: int) -> Batch:
+        """Return a batch of as long rows, but so many of them."""
+        return replace(self, rows=rows, labels=max(1, self.labels * rows // self.rows))
+
+
+def batch_of(recipe: Recipe, length: int | None = None) -> Batch:
+    """Return the batch to plan for.
+
+    Args:
+        recipe: resolved.
+        length: tokens of each row, over what the recipe and its data say.
+    """
+    training = recipe.training
+    rows = int(training.get("per_device_train_batch_size", 8))
+    longest = training.get("max_length", DEFAULT_LENGTH)
+    if length is not None:
+        return _filled(rows, length, "--length")
+    if training.get("packing"):
+        return _filled(rows, longest or DEFAULT_LENGTH, "training.max_length, packed")
+    try:
+        return _from_data(recipe, rows, longest)
+    except UserError:
+        where = "training.max_length" if "max_length" in training else "the default max_length"
+        return _filled(rows, longest or DEFAULT_LENGTH, f"{where}, as the data are not there")
+
+
+def _filled(rows: int, length: int, source: str) -> Batch:
+    return Batch(rows, length, max(1, length - 1), rows * max(1, length - 1), source)
+
+
+def _from_data(recipe: Recipe, rows: int, longest: int | None) -> Batch:
+    """Return the batch of the longest examples."""
+    from sft.data import load_data
+    from sft.encode import encode
+    from sft.models import load_tokenizer
+
+    data = load_data(recipe.data, recipe.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    sizes = [sum(map(_size, row.values())) for row in data.train]
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: ENCODED * rows]
+    found = [encode(data.train[i], data.format, tokenizer, longest or 10**9) for i in order]
+    found.sort(key=lambda row: -len(row.prompt) - len(row.completion))
+    chosen = found[:rows]
+    spans = [(len(row.prompt), len(row.prompt) + len(row.completion)) for row in chosen]
+    length = _padded(max(stop for _, stop in spans), recipe.training.get("pad_to_multiple_of"))
+    predicted = [range(max(start - 1, 0), stop - 1) for start, stop in spans]
+    columns = len({place for part in predicted for place in part})
+    labels = sum(map(len, predicted))
+    source = f"the longest of {len(sizes):,} examples"
+    return Batch(rows, length, max(1, columns), max(1, labels), source)
+
+
+def _size(value: Any) -> int:
+    return sum(_size(part) for part in value.values()) if isinstance(value, dict) else (
+        sum(map(_size, value)) if isinstance(value, list) else len(str(value))
+    )  # fmt: skip
+
+
+def _padded(length: int, multiple: int | None) -> int:
+    return -(-length // multiple) * multiple if multiple else length

@@ -1,0 +1,113 @@
+"""Where the bytes of a step lie when a run is shared out or moved off the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sft.errors import UserError
+from sft.plan.depth import Found
+from sft.plan.timeline import (
+    ACTIVATIONS,
+    GRADIENTS,
+    INDICES,
+    KINDS,
+    OPTIMIZER,
+    ORIGINALS,
+    TRAINED,
+    TRANSIENTS,
+    WEIGHTS,
+)
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+OFFLOADED = ("optimizer", "base")
+# DeepSpeed's default: entries of gradients that are reduced at a time
+BUCKET = 500_000_000
+ENGINE = "engine"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a run is shared out.
+
+    Args:
+        world: processes, one device each.
+        engine: None for one process, or one of `ENGINES`.
+        offload: what is kept in the host's memory, of `OFFLOADED`.
+    """
+
+    world: int = 1
+    engine: str | None = None
+    offload: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.world < 1:
+            raise UserError(f"--world: got {self.world}, allowed is a number of processes from 1")
+        unknown = sorted(self.offload - set(OFFLOADED))
+        if unknown:
+            allowed = " or ".join(OFFLOADED)
+            raise UserError(f"--offload: got {unknown[0]!r}, allowed is {allowed}")
+
+    @property
+    def name(self) -> str:
+        """As shown."""
+        parts = [self.engine or ("ddp" if self.world > 1 else "")]
+        parts += [f"{what} offloaded" for what in sorted(self.offload)]
+        return ", ".join(filter(None, parts)) or "whole on each device"
+
+    def share(self, kind: str) -> float:
+        """Return what part of a kind's bytes lies on a device."""
+        if kind == OPTIMIZER and "optimizer" in self.offload:
+            return 0.0
+        if kind == WEIGHTS and "base" in self.offload:
+            return 0.0
+        return 1 / self.world if kind in _SHARDED[self.engine or "ddp"] else 1.0
+
+    def on_host(self, found: Found) -> Counter[str]:
+        """Return the bytes in the host's memory for each process, by kind."""
+        host: Counter[str] = Counter()
+        sharded = _SHARDED[self.engine or "ddp"]
+        for what, kind in (("optimizer", OPTIMIZER), ("base", WEIGHTS)):
+            if what in self.offload:
+                host[kind] = found.held(kind) // (self.world if kind in sharded else 1)
+        if "optimizer" in self.offload and self.engine in ("zero1", "zero2", "zero3"):
+            host[GRADIENTS] = found.most(GRADIENTS) // self.world
+            host[TRAINED] = found.held(TRAINED) // self.world
+        return +host
+
+    def of_engine(self, found: Found, layer: int) -> int:
+        """Return the bytes that the engine takes on a device for itself.
+
+        Args:
+            found: the step.
+            layer: bytes of the weights of one layer, the largest.
+        """
+        gradients = found.most(GRADIENTS)
+        taken = 0
+        if self.engine in ("zero1", "zero2", "zero3"):
+            taken += min(2 * BUCKET, gradients)
+        elif self.engine == "fsdp":
+            taken += 2 * layer  # the layer that computes, and the next one
+        elif self.world > 1:
+            taken += gradients  # DDP's buckets
+        if self.engine == "zero3" or "base" in self.offload:
+            taken += 2 * layer
+        return taken
+
+
+_SHARDED: dict[str, frozenset[str]] = {
+    "ddp": frozenset(),
+    "zero1": frozenset({OPTIMIZER}),
+    "zero2": frozenset({OPTIMIZER, GRADIENTS}),
+    "zero3": frozenset({OPTIMIZER, GRADIENTS, WEIGHTS, TRAINED}),
+    "fsdp": frozenset({OPTIMIZER, GRADIENTS, WEIGHTS, TRAINED}),
+}
+SHOWN = (WEIGHTS, TRAINED, INDICES, ORIGINALS, OPTIMIZER, GRADIENTS, ACTIVATIONS, TRANSIENTS)
+assert set(SHOWN) == set(KINDS)
+
+
+def peak_on_device(found: Found, placement: Placement, layer: int) -> Counter[str]:
+    """Return the bytes at the peak on one device, by kind, the engine's own included."""
+    peaks = found.peaks(placement.share)
+    parts = max(peaks.values(), key=lambda part: sum(part.values()))
+    return +(parts + Counter({ENGINE: placement.of_engine(found, layer)}))

@@ -1,0 +1,137 @@
+"""`plan`: bytes and seconds of a recipe's training step, before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft.errors import UserError
+from sft.plan.batch import Batch
+from sft.plan.depth import SHALLOW, Found, equal_stack
+from sft.plan.devices import FRAGMENTS, Device
+from sft.plan.optimizers import optimizer_maker
+from sft.plan.placement import Placement, peak_on_device
+from sft.plan.shapes import build, model_config
+from sft.plan.step import run_step
+from sft.plan.timeline import ACTIVATIONS, GRADIENTS
+from sft.plan.timing import seconds_of
+from sft.schema import Recipe
+from sft.trainable import Trainable, build_method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    Args:
+        method: its name.
+        trained: weights that are trained.
+        total: weights of the model.
+        device_bytes: at the peak of a step on one device, by kind.
+        host_bytes: in the host's memory for each process, by kind.
+        gradients: bytes of all gradients of one device.
+        activations: bytes kept for backward.
+        seconds: of a step; None where the device's speed is not known.
+        device: what it is planned for.
+    """
+
+    method: str
+    trained: int
+    total: int
+    device_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+    gradients: int
+    activations: int
+    seconds: float | None
+    device: Device = field(repr=False)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors alive at once."""
+        return sum(self.device_bytes.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have: what an allocator and a runtime take is added."""
+        if self.device.kind == "cpu":
+            return self.peak
+        return round(self.peak * (1 + FRAGMENTS)) + self.device.overhead
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has them."""
+        return self.needed <= self.device.memory
+
+
+def plan(recipe: Recipe, batch: Batch, device: Device, placement: Placement) -> Plan:
+    """Plan the run of a resolved recipe.
+
+    Args:
+        recipe: resolved.
+        batch: of one process and micro-batch.
+        device: where.
+        placement: how it is shared out.
+
+    Raises:
+        UserError: method and model do not fit.
+    """
+    method = build_method(recipe.method)
+    settle_selection(method)
+    config = model_config(recipe)
+    try:
+        model = build(recipe, method, config)
+    except ValueError as error:
+        raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+    trained, total = method.counts(model)
+    layer = _largest_layer(model, config)
+    found = _found(recipe, model, config, batch)
+    return Plan(
+        recipe.method["name"],
+        trained,
+        total,
+        dict(peak_on_device(found, placement, layer)),
+        dict(placement.on_host(found)),
+        round(found.most(GRADIENTS) * placement.share(GRADIENTS)),
+        found.most(ACTIVATIONS),
+        seconds_of(found, device),
+        device,
+    )
+
+
+def settle_selection(method: Trainable) -> None:
+    """Let a support be drawn: what is chosen by weights, batches or files is as large."""
+    config: Any = method.config
+    random = {"selection": "random", "exclude": None}
+    known = {f.name for f in dataclasses.fields(config) if f.init}
+    if "selection" in known:
+        given = {key: value for key, value in random.items() if key in known}
+        method.config = dataclasses.replace(config, **given)
+
+
+def _found(recipe: Recipe, model: Any, config: Any, batch: Batch) -> Found:
+    """Run steps: of the whole model, or of two shallow ones if its layers are alike."""
+    make = optimizer_maker(recipe)
+    options: dict[str, Any] = {
+        "max_norm": recipe.training.get("max_grad_norm", 1.0) or 0.0,
+        "micro_batches": min(2, recipe.training.get("gradient_accumulation_steps", 1)),
+    }
+    stack = equal_stack(model, config)
+    if stack is None:
+        depth = getattr(config, "num_hidden_layers", 1)
+        return Found((run_step(model, make, batch, **options),), (depth,), depth)
+    timelines = []
+    for depth in SHALLOW:
+        stack.cut(depth)
+        timelines.append(run_step(model, make, batch, **options))
+    return Found(tuple(timelines), SHALLOW, len(stack.layers))
+
+
+def _largest_layer(model: Any, config: Any) -> int:
+    """Return the bytes of the largest block of weights that is gathered at once."""
+    stack = equal_stack(model, config)
+    blocks = [stack.layers[0]] if stack is not None else []
+    blocks += [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m]
+    sizes = Counter({id(b): sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks})
+    return max(sizes.values(), default=0)
