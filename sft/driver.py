@@ -123,7 +123,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         else:
             with without_updates(optimizer):
                 _calibrate_pending(model, kwargs["train_dataloader"], engine.ranks)
-        engine.ranks.check_alike("supports", support_checksum(model))
+        _check_alike(model, engine.ranks)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -168,7 +168,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 self.replaced[state.global_step] = count
                 logger.info("step %d: %d weights replaced", state.global_step, count)
         if moved:
-            engine.ranks.check_alike("supports", support_checksum(kwargs["model"]))
+            _check_alike(kwargs.get("model"), engine.ranks)
         if len(self._ends) > 1 and state.global_step in self._ends:
             control.should_save = True
             self._end_stage(args, state, kwargs["model"], engine)
@@ -300,6 +300,12 @@ def check_processes(running: list[Dynamics], ranks: Ranks) -> None:
     refused = [d.one_process for d in running if d.one_process is not None]
     if ranks.count > 1 and refused:
         raise ValueError(refused[0])
+
+
+def _check_alike(model: Any, ranks: Ranks) -> None:
+    """Raise RuntimeError unless the ranks have the same supports."""
+    if ranks.count > 1:
+        ranks.check_alike("supports", support_checksum(model))
 
 
 def _check_accumulators(reads: bool, engine: Engine) -> None:

@@ -6,56 +6,75 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-
-@pytest.fixture
-def two_processes(monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+from sft.adapters.ranks import ALONE
 
 
-def begin(lab, model):
+class Two:
+    """Two ranks, as one of them sees them where both are alike."""
+
+    rank, count = 0, 2
+
+    def mean(self, tensor):
+        return tensor.clone()
+
+    def gather(self, numbers):
+        return [list(numbers)] * 2
+
+    def check_alike(self, what, checksum):
+        pass
+
+
+def begin(lab, model, ranks=ALONE):
     """Call the callback as the Trainer does when training begins."""
     from sft import SparseCallback
+    from sft.engines.plain import PlainEngine
 
     trainer = lab.trainer(model=model)
     state = SimpleNamespace(global_step=0, max_steps=12)
-    SparseCallback().on_train_begin(
+    callback, optimizer = SparseCallback(), trainer.create_optimizer()
+    callback.engine = PlainEngine(optimizer, ranks)
+    callback.on_train_begin(
         trainer.args,
         state,
         None,
         model,
         train_dataloader=trainer.get_train_dataloader(),
-        optimizer=trainer.create_optimizer(),
+        optimizer=optimizer,
     )
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ({}, "growth"),
-        ({"growth": "momentum"}, "growth"),
-        ({"growth": "none", "selection": "gradient"}, "selection"),
-    ],
-)
-def test_processes_that_would_choose_differently_are_refused(
-    lab, assert_equal, two_processes, settings, key
-):
-    base = lab.base()
-    pristine = lab.weights(base)
-    model = lab.adapted(base, init_weights=False, **settings)
-    with pytest.raises(ValueError, match=rf"^{key}: got a .* on (2|several) processes") as caught:
-        begin(lab, model)
+def test_what_one_process_alone_can_do_is_refused_before_a_weight_is_written(lab, assert_equal):
+    from sft import SoRAConfig
+
+    config = SoRAConfig(r=4, compact_after=2, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(lab.base(), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^compact_after: got 2 on several processes") as caught:
+        begin(lab, model, Two())
     assert "\n" not in str(caught.value)
-    assert_equal(lab.weights(model), pristine)
+    assert_equal({name: p.detach() for name, p in model.named_parameters()}, before)
 
 
-def test_processes_may_share_a_static_support(lab, two_processes):
+@pytest.mark.parametrize("growth", ["none", "gradient", "momentum"])
+def test_processes_may_share_a_support(lab, growth):
     from sft.adapters.layer import sparse_layers
 
-    model = lab.adapted(growth="none")
-    begin(lab, model)
+    model = lab.adapted(growth=growth)
+    begin(lab, model, Two())
     assert all(layer.content is not None for layer in sparse_layers(model).values())
+
+
+def test_processes_with_different_supports_are_refused(lab):
+    class Apart(Two):
+        def check_alike(self, what, checksum):
+            assert what == "supports"
+            raise RuntimeError("supports: differs")
+
+    with pytest.raises(RuntimeError, match="supports: differs"):
+        begin(lab, lab.adapted(), Apart())
 
 
 def test_several_gpus_in_one_process_are_refused(lab, assert_equal, monkeypatch):
