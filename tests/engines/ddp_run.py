@@ -54,9 +54,12 @@ def resumed(lab: Any) -> dict[str, Any]:
 
 def refusals(lab: Any, rank: int) -> dict[str, str]:
     """Return what is said of that which cannot be."""
+    from sft.adapters.deltas.mean_outer import shared
     from sft.adapters.ranks import ProcessGroup
+    from sft.kernels.outer import DenseOuter
 
     ranks = ProcessGroup(torch.device("cpu"))
+    outer = DenseOuter(torch.ones(3, 2), torch.ones(3, 2))
     return {
         "compaction": message(
             lambda: lab.trainer(
@@ -68,6 +71,7 @@ def refusals(lab: Any, rank: int) -> dict[str, str]:
                 "no", model=cases.peft("SLTrainConfig", r=4, per_layer_updates=True)(lab)
             ).train()
         ),
+        "elsewhere": message(lambda: shared(outer, ranks, f"experts.{rank}")),
         "apart": message(lambda: ranks.check_alike("supports", rank)),
         "alike": message(lambda: ranks.check_alike("supports", 7)),
     }
