@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -93,7 +93,7 @@ def _owner(location: tuple[Any, ...]) -> type[BaseModel]:
     """Return the section that a location lies in."""
     owner: type[BaseModel] = Recipe
     for part in location[:-1]:
-        inner = owner.model_fields[str(part)].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
-        owner = inner
+        hint = owner.model_fields[str(part)].annotation
+        sections = [h for h in (hint, *get_args(hint)) if isinstance(h, type)]  # or `X | None`
+        (owner,) = (inner for inner in sections if issubclass(inner, BaseModel))
     return owner
