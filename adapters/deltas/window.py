@@ -121,7 +121,7 @@ class Window:
         if self._dense is None:
             device = self._site.pattern.indices.device
             self._dense = torch.zeros(rows * cols, device=device)
-        for block in self._dense.split(rows_per_block(cols, 4) * cols):
+        for block in torch.split(self._dense, rows_per_block(cols, 4) * cols):
             block.copy_(self._ranks.mean(block))
 
     def close(self) -> None:
@@ -167,7 +167,8 @@ def share_updates(windows: Sequence[Window], ranks: Ranks) -> None:
     parts = [_with_mark(window._update, len(window.candidates)) for window in chosen]
     device = chosen[0].candidates.device
     found = ranks.mean(torch.cat([part.to(device) for part in parts]))
-    for window, mean in zip(chosen, found.split([len(part) for part in parts]), strict=True):
+    sizes = [len(part) for part in parts]
+    for window, mean in zip(chosen, torch.split(found, sizes), strict=True):
         window._update = mean[:-1].to(window.candidates.device) if mean[-1] > 0 else None
 
 
