@@ -54,7 +54,7 @@ def chunked_nll(
     head, tail = base.get_output_embeddings(), tail_of(base.config)
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     labels = inputs["labels"][:, 1:]
-    with _head_input(head, positions=int(compare)) as read:
+    with head_input(head, positions=int(compare)) as read:
         outputs = model(**rest, use_cache=False)
     if len(read) != 1 or read[0].dim() != 3 or read[0].shape[1] != labels.shape[1] + 1:
         shapes = [tuple(tensor.shape) for tensor in read]
@@ -200,7 +200,7 @@ class ChunkedLossMixin:
 
 
 @contextmanager
-def _head_input(head: nn.Module, positions: int) -> Iterator[list[Tensor]]:
+def head_input(head: nn.Module, positions: int) -> Iterator[list[Tensor]]:
     """Take what the head is handed, and pass on so many positions of it."""
     read: list[Tensor] = []
 

@@ -33,6 +33,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.clock = 0
         self.timeline = Timeline()
+        # by storage, of packed weights: what an operation unpacks them to
+        self.unpacked: dict[int, int] = {}
         self._known: dict[int, Piece] = {}
         self._scratch, self._flops = scratch, flops
 
@@ -54,7 +56,7 @@ class Ledger(TorchDispatchMode):
                 given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
             if storage._cdata not in given:
                 made += self._add(storage, tensor.is_floating_point())
-        spike = self._scratch(func, args)
+        spike = self._scratch(func, args) + self._unpacks(func, args)
         if spike:
             self.timeline.spikes[self.clock] = spike
         if made or func._schema.is_mutable:  # a view moves nothing
@@ -63,6 +65,17 @@ class Ledger(TorchDispatchMode):
                 Work(self.clock, self._flops(func, args, kwargs, found), read + made)
             )
         return found
+
+    def _unpacks(self, func: Any, args: tuple[Any, ...]) -> int:
+        if not self.unpacked or func._opname not in ("mm", "addmm"):
+            return 0
+        return sum(self.unpacked.get(t.untyped_storage()._cdata, 0) for t in _tensors(args))
+
+    def pack(self, tensor: Tensor, size: int, unpacked: int) -> None:
+        """Let a tensor count as packed in so many bytes; a product unpacks it."""
+        key = tensor.untyped_storage()._cdata
+        self._known[key].size = size
+        self.unpacked[key] = unpacked
 
     def _add(self, storage: torch.UntypedStorage, floating: bool) -> int:
         piece = Piece(storage.nbytes(), self.clock, floating)

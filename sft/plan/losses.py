@@ -1,13 +1,15 @@
-"""The losses of training, with labels that are counted but not known."""
+"""The loss of training, with labels that are counted but not known."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from sft.chunked_loss import causal_model, head_input, head_nll, tail_of
+from sft.kernels.linear_cross_entropy import chunk_rows
 from sft.plan.batch import Batch
 
 
@@ -20,13 +22,26 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def labelled_nll(model: Any, batch: Batch) -> Tensor:
-    """Do what `sft.supervised.labelled_nll` does.
+def planned_nll(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
+    """Do what `sft.chunked_loss.chunked_nll` does.
 
     Which positions have labels does not matter to the bytes, how many there are does.
+
+    Args:
+        model: of fake tensors.
+        batch: its shape.
+        half: what autocast computes in, None without.
     """
-    columns = torch.arange(batch.columns)
-    logits = model(**inputs_of(batch), use_cache=False, logits_to_keep=columns).logits
+    base = causal_model(model)
+    head = base.get_output_embeddings()
+    with _autocast(half), head_input(head, positions=0) as read:
+        model(**inputs_of(batch), use_cache=False)
     places = torch.zeros(batch.labels, dtype=torch.int64)
-    wanted = logits[places, places]
-    return functional.cross_entropy(wanted.float(), places, reduction="sum") / batch.labels
+    vocabulary = base.config.get_text_config().vocab_size
+    kept = read[0][:, :-1][places, places]
+    total = head_nll(head, kept, places, tail_of(base.config), chunk_rows(vocabulary))
+    return total / batch.labels
+
+
+def _autocast(half: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if half is None else torch.autocast("cpu", dtype=half)

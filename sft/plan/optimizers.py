@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from sft.arguments import build_arguments
 from sft.identity import sparse_tuner
+from sft.kernels.bias_scales import bias_tables
 from sft.plan.step import MakeOptimizer
 from sft.schema import Recipe
 from sft.trainer import method_optimizer
@@ -22,6 +23,9 @@ SMALL, BLOCK = 4096, 256
 def optimizer_maker(recipe: Recipe) -> MakeOptimizer:
     """Return what makes the optimizer of a recipe's run."""
     arguments = build_arguments(recipe.training, recipe.seed)
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    for reference in (False, True):  # kept by the process: they must be real
+        bias_tables(betas, reference, torch.device("cpu"))
 
     def make(model: nn.Module) -> Any:
         tuner = sparse_tuner(model)

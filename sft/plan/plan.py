@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
+
+from sft.arguments import build_arguments
 from sft.errors import UserError
+from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.plan.batch import Batch
 from sft.plan.depth import SHALLOW, Found, equal_stack
 from sft.plan.devices import FRAGMENTS, Device
 from sft.plan.optimizers import optimizer_maker
+from sft.plan.packed import compute_dtype, packed_weights
 from sft.plan.placement import Placement, peak_on_device
 from sft.plan.shapes import build, model_config
-from sft.plan.step import run_step
-from sft.plan.timeline import ACTIVATIONS, GRADIENTS
+from sft.plan.step import Run, run_step
+from sft.plan.timeline import ACTIVATIONS, GRADIENTS, Timeline
 from sft.plan.timing import seconds_of
+from sft.plan.zeroth_order import run_zeroth_order
 from sft.schema import Recipe
 from sft.trainable import Trainable, build_method
 
@@ -112,20 +120,37 @@ def settle_selection(method: Trainable) -> None:
 
 def _found(recipe: Recipe, model: Any, config: Any, batch: Batch) -> Found:
     """Run steps: of the whole model, or of two shallow ones if its layers are alike."""
-    make = optimizer_maker(recipe)
-    options: dict[str, Any] = {
-        "max_norm": recipe.training.get("max_grad_norm", 1.0) or 0.0,
-        "micro_batches": min(2, recipe.training.get("gradient_accumulation_steps", 1)),
-    }
+    make = stepper(recipe, model, batch)
     stack = equal_stack(model, config)
     if stack is None:
         depth = getattr(config, "num_hidden_layers", 1)
-        return Found((run_step(model, make, batch, **options),), (depth,), depth)
+        return Found((make(),), (depth,), depth)
     timelines = []
     for depth in SHALLOW:
         stack.cut(depth)
-        timelines.append(run_step(model, make, batch, **options))
+        timelines.append(make())
     return Found(tuple(timelines), SHALLOW, len(stack.layers))
+
+
+def stepper(recipe: Recipe, model: Any, batch: Batch) -> Callable[[], Timeline]:
+    """Return what runs a step of the model as it is now."""
+    arguments = build_arguments(recipe.training, recipe.seed)
+    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    dtype = half or next(model.parameters()).dtype
+    run = Run(
+        batch,
+        max_norm=float(arguments.max_grad_norm or 0.0),
+        # of the second on, gradients of those before are there
+        micro_batches=min(2, arguments.gradient_accumulation_steps),
+        half=half,
+        packed=packed_weights(recipe, model),
+        unpacked=compute_dtype(recipe, dtype).itemsize,
+    )
+    if recipe.zeroth_order is not None:
+        return partial(run_zeroth_order, model, ZerothOrderConfig(**recipe.zeroth_order), run)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return partial(run_step, model, optimizer_maker(recipe), run)
 
 
 def _largest_layer(model: Any, config: Any) -> int:

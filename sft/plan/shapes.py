@@ -71,16 +71,24 @@ def faking() -> Iterator[None]:
         yield
 
 
-def place(model: nn.Module) -> None:
-    """Give a model of the meta device fake tensors of a CPU; within `faking`."""
+def place(model: nn.Module) -> dict[int, Tensor]:
+    """Give a model of the meta device fake tensors of a CPU; within `faking`.
+
+    Returns:
+        the new tensors by the `id` of the old ones, which the caller keeps alive.
+    """
     placed: dict[int, Tensor] = {}  # shared tensors stay shared
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = placed.setdefault(id(tensor), _like(tensor))  # type: ignore[assignment]
+                if tensor is None:
+                    continue
+                if id(tensor) not in placed:
+                    placed[id(tensor)] = _like(tensor)
+                held[name] = placed[id(tensor)]  # type: ignore[assignment]
     for layer in sparse_layers(model).values():
         layer.pending.clear()
+    return placed
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -88,5 +96,3 @@ def _like(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fresh, requires_grad=tensor.requires_grad)
     return fresh
-
-

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,14 +15,13 @@ from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.plan.batch import Batch
 from sft.plan.flops import flops
 from sft.plan.ledger import Ledger
-from sft.plan.losses import labelled_nll
+from sft.plan.losses import planned_nll
 from sft.plan.scratch import scratch
 from sft.plan.shapes import faking, place
 from sft.plan.timeline import (
     ACTIVATIONS,
     GRADIENTS,
     INDICES,
-    NEVER,
     OPTIMIZER,
     ORIGINALS,
     TRAINED,
@@ -52,42 +53,61 @@ def apart(run: Callable[[], T]) -> T:
     return found[0]
 
 
-def run_step(
-    model: nn.Module,
-    make_optimizer: MakeOptimizer,
-    batch: Batch,
-    *,
-    max_norm: float = 0.0,
-    micro_batches: int = 1,
-    resident: bool = True,
-) -> Timeline:
+@dataclass(frozen=True)
+class Run:
+    """What a step is made of.
+
+    Args:
+        batch: of each micro-batch.
+        max_norm: gradients are clipped by norm; 0 for not at all.
+        micro_batches: of the step.
+        half: what autocast computes in, None without.
+        packed: bytes of quantised weights, by the name of the parameter.
+        unpacked: bytes of an entry of theirs in a product.
+    """
+
+    batch: Batch
+    max_norm: float = 0.0
+    micro_batches: int = 1
+    half: torch.dtype | None = None
+    packed: Mapping[str, int] = field(default_factory=dict)
+    unpacked: int = 4
+
+
+def run_step(model: nn.Module, make_optimizer: MakeOptimizer, run: Run) -> Timeline:
     """Return the timeline of a step in the middle of a run.
 
     Args:
         model: on the meta device; fake tensors take the place of its own.
         make_optimizer: returns the optimizer of a model.
-        batch: of each micro-batch.
-        max_norm: gradients are clipped by norm; 0 for not at all.
-        micro_batches: of the step.
-        resident: weights may hold what is trained.
+        run: the step.
     """
 
-    def run() -> Timeline:
-        ledger = Ledger(scratch, flops)
-        with faking(), ledger:
-            place(model)
-            model.train()
-            if resident:
-                enter_resident(model)
+    def note() -> Timeline:
+        with noting(model, run) as ledger:
             optimizer = make_optimizer(model)
             _prepare(model, optimizer)
-            _name(ledger, model, optimizer)
-            _step(ledger, model, optimizer, batch, max_norm, micro_batches)
-            timeline = ledger.timeline
-            leave_resident(model)
-        return timeline
+            states = [t for state in optimizer.state.values() for t in state.values()]
+            name_held(ledger, model, [t for t in states if isinstance(t, Tensor)])
+            _step(ledger, model, optimizer, run)
+        return ledger.timeline
 
-    return apart(run)
+    return apart(note)
+
+
+@contextmanager
+def noting(model: nn.Module, run: Run) -> Iterator[Ledger]:
+    """Place a model, ready to train, and note what the block does with it."""
+    ledger = Ledger(scratch, flops)
+    with faking(), ledger:
+        place(model)
+        for name, parameter in model.named_parameters():
+            if name in run.packed:
+                ledger.pack(parameter, run.packed[name], run.unpacked * parameter.numel())
+        model.train()
+        enter_resident(model)
+        yield ledger
+        leave_resident(model)
 
 
 def _prepare(model: nn.Module, optimizer: Any) -> None:
@@ -100,54 +120,42 @@ def _prepare(model: nn.Module, optimizer: Any) -> None:
     sync_resident(model)
 
 
-def _name(ledger: Ledger, model: nn.Module, optimizer: Any) -> None:
+def name_held(ledger: Ledger, model: nn.Module, states: Sequence[Tensor]) -> None:
     """Say what everything that lives between steps is for."""
     for piece in ledger.alive():
         piece.kind = ORIGINALS if piece.floating else INDICES
     ledger.mark(WEIGHTS, [b for b in model.buffers() if b.is_floating_point()])
     ledger.mark(WEIGHTS, [p for p in model.parameters() if not p.requires_grad])
     ledger.mark(TRAINED, _trained(model))
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    ledger.mark(OPTIMIZER, [t for t in states if isinstance(t, Tensor)])
+    ledger.mark(OPTIMIZER, states)
 
 
-def _step(
-    ledger: Ledger,
-    model: nn.Module,
-    optimizer: Any,
-    batch: Batch,
-    max_norm: float,
-    micro_batches: int,
-) -> None:
+def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
     """Run forward, backward, optimizer, and mark their beginnings."""
     timeline, trained = ledger.timeline, _trained(model)
     begin = ledger.clock
-    for _ in range(micro_batches):
-        start = ledger.clock
-        timeline.phases.append(("forward", start))
-        loss = labelled_nll(model, batch)
+    for number in range(run.micro_batches):
+        start, suffix = ledger.clock, f" {number + 1}" if run.micro_batches > 1 else ""
+        timeline.phases.append((f"forward{suffix}", start))
+        loss = planned_nll(model, run.batch, run.half)
         for piece in ledger.alive():
             if piece.born > start and piece.kind == TRANSIENTS:
                 piece.kind = ACTIVATIONS
         middle = ledger.clock
-        timeline.phases.append(("backward", middle))
+        timeline.phases.append((f"backward{suffix}", middle))
         loss.backward()
         del loss
         # from one half to the other, gradients take the place of activations
-        timeline.phases.append(("end of backward", (middle + ledger.clock) // 2))
+        timeline.phases.append((f"end of backward{suffix}", (middle + ledger.clock) // 2))
         ledger.mark(GRADIENTS, [p.grad for p in trained if p.grad is not None])
     timeline.phases.append(("optimizer", ledger.clock))
-    if max_norm:
-        torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    if run.max_norm:
+        torch.nn.utils.clip_grad_norm_(trained, run.max_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     sync_resident(model)
     timeline.phases.append(("", ledger.clock + 1))
-    for piece in timeline.pieces:
-        if piece.born > begin and piece.died == NEVER:
-            # views of a pattern are made once, and stay
-            piece.born, piece.kind = begin, INDICES if not piece.floating else ORIGINALS
-    timeline.work = [work for work in timeline.work if work.clock > begin]
+    timeline.keep_from(begin)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

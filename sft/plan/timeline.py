@@ -59,6 +59,16 @@ class Timeline:
         pairs = zip(self.phases, self.phases[1:], strict=False)
         return [(name, start, stop) for (name, start), (_, stop) in pairs]
 
+    def keep_from(self, begin: int) -> None:
+        """Take what was made since a clock and is alive for held all the time; forget work before.
+
+        Views of a pattern, say, are made once, and stay.
+        """
+        for piece in self.pieces:
+            if piece.born > begin and piece.died == NEVER:
+                piece.born, piece.kind = begin, ORIGINALS if piece.floating else INDICES
+        self.work = [work for work in self.work if work.clock > begin]
+
     def peaks(self, share: Share = lambda kind: 1.0) -> dict[str, Counter[str]]:
         """Return for each part of the step the bytes at its peak, by kind.
 
