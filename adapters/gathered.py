@@ -10,6 +10,8 @@ from torch import Tensor
 
 Gather = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 
+OFFLOADED = "sft_offloaded"  # marks a parameter whose content is off its device
+
 _gathers: list[Gather] = []
 
 
@@ -52,9 +54,14 @@ def is_partitioned(tensor: object) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_away(tensor: object) -> bool:
+    """Tell whether a tensor is a parameter that looks empty: partitioned, or offloaded."""
+    return is_partitioned(tensor) or hasattr(tensor, OFFLOADED)
+
+
 def read_whole(tensor: Tensor) -> Tensor:
     """Return a tensor, or a copy of all of it where ranks hold parts of it; collective then."""
-    if not is_partitioned(tensor):
+    if not is_away(tensor):
         return for_loss(tensor.detach())
     with gathered([tensor]):
         return tensor.detach().clone()

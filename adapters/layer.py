@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from sft.adapters.gathered import gathered
+from sft.adapters.gathered import gathered, is_away, read_whole
 from sft.adapters.geometry import features, layer_kind, stored_weight, weight_shape
 from sft.adapters.merging import MergeStack, announce, check_mergeable, own_index
 from sft.adapters.region import Region, Whole
@@ -193,7 +193,8 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return the dense weight without deltas: (rows, cols), dequantised if it is packed."""
         self._residency.restore()
         with gathered([self._stored_weight()]):
-            return self.get_base_weight()
+            weight = self.get_base_weight()
+            return weight.clone() if is_away(weight) else weight
 
     def made_for(self, name: str) -> int:
         """Return the fingerprint of the base weight that the adapter belongs to; 0 matches any."""
@@ -202,7 +203,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _plain_weight(self) -> Tensor:
         """Return W as stored, without any adapter, merged ones included."""
         self._residency.restore()
-        return self._merges.beneath(self._stored_weight())
+        return self._merges.beneath(read_whole(self._stored_weight()))
 
     # -- execution -----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from sft.adapters.gathered import OFFLOADED
 from sft.adapters.region import Positions, Region
 from sft.kernels.compose import compose
 from sft.kernels.write import Home, write_homes_
@@ -168,6 +169,8 @@ def obstacle(base: nn.Module) -> str | None:
         return f"its weight is {weight.dtype} (quantised)"
     if weight.is_meta:
         return "its weight is on the meta device"
+    if hasattr(weight, OFFLOADED):
+        return "its weight is offloaded"
     if not weight.is_contiguous():
         return "its weight is not contiguous"
     if getattr(type(base), "forward", None) not in _STOCK_FORWARDS:

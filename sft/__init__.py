@@ -17,6 +17,7 @@ _HOMES = {
     "SparseTrainingMixin": "sft.trainer",
     "SparseCallback": "sft.driver",
     "ZerothOrderConfig": "sft.optim.zeroth_order.config",
+    "OffloadConfig": "sft.offload.config",
     "SpielConfig": "sft.adapters.methods.spiel",
     "S2FTConfig": "sft.adapters.methods.s2ft",
     "SoRAConfig": "sft.adapters.methods.sora",

@@ -20,6 +20,7 @@ from sft.metrics import evaluate, held_out_batches
 from sft.models import load_model, load_tokenizer
 from sft.phases import Phases
 from sft.processes import Team
+from sft.put_together import is_sharding, put_together
 from sft.progress import ProgressReport
 from sft.quantization import is_quantized, write_record
 from sft.recipe import to_yaml
@@ -69,6 +70,7 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         data, tokenizer, model = _load(recipe, method, phases)
     with phases.phase("method"):
         model = _attached(recipe, method, model)
+        trained, total = method.counts(model)
         report = ProgressReport(console, prefix=f"{recipe.method['name']}_")
         try:
             trainer = _build_trainer(recipe, model, tokenizer, data, report)
@@ -79,7 +81,6 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         if team.first:
             run_folder.clear(output, keep_checkpoints=checkpoint is not None)
             (output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-        trained, total = method.counts(model)
         phases.note(_trains(recipe, trained, total))
         if not (method.saved or recipe.export.merged):
             console.print("export.merged is false: the weights stay in checkpoints and logs alone")
@@ -89,10 +90,18 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
-    # autocast stays on the trained model's forward: what is measured and exported is the model
-    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model = _trained(recipe, method, trainer, model, team)
+    if model is None:  # the first process has it, and the last word
+        team.leave()
+        return RunResult(
+            output, before, {}, trained, total, outcome.global_step, outcome.training_loss,
+            None, phases.seconds,
+        )  # fmt: skip
     if method.saved and team.first:
         _save_adapter(recipe, model, tokenizer, output / run_folder.ADAPTER, phases)
+    if trainer.offloaded_base is not None and recipe.export.merged:
+        trainer.offloaded_base.close()  # merging writes to the weights
+        model.to("cpu")
     with method.trained(model):
         after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
         batches = _batches(recipe, data, tokenizer, held_out, model.device)
@@ -109,6 +118,14 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         run_folder.write_record(output, dataclasses.asdict(result) | notes)
     team.leave()
     return result
+
+
+def _trained(recipe: Recipe, method: Trainable, trainer: Any, model: Any, team: Team) -> Any:
+    """Return the trained model as it is measured and exported, or None where another has it."""
+    if is_sharding(trainer):
+        return put_together(trainer, recipe.model, adapter=method.saved, first=team.first)
+    # autocast stays on the trained model's forward
+    return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
 def _seed_everything(seed: int) -> None:
@@ -205,6 +222,7 @@ def _build_trainer(
     from transformers import PrinterCallback
 
     from sft.mark_checkpoints import MarkCheckpoints
+    from sft.offload.config import OffloadConfig
     from sft.supervised import SparseSFTTrainer
 
     arguments = build_arguments(recipe.training, recipe.seed)
@@ -218,6 +236,7 @@ def _build_trainer(
         processing_class=tokenizer,
         callbacks=[report] if config is not None else [report, MarkCheckpoints()],
         zeroth_order=config,
+        offload=None if recipe.offload is None else OffloadConfig(**recipe.offload.model_dump()),
     )
     trainer.remove_callback(PrinterCallback)
     if config is not None:

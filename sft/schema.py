@@ -109,6 +109,28 @@ class ExportSpec(_Section):
     )
 
 
+class OffloadSpec(_Section):
+    """What is kept off the device, where no other engine does it."""
+
+    base: Literal["cpu", "disk"] | None = Field(
+        default=None, description="where frozen weights lie while they are not multiplied with"
+    )
+    optimizer: Literal["cpu"] | None = Field(
+        default=None, description="where the optimizer's state lies, and where it steps"
+    )
+    folder: str | None = Field(
+        default=None, description="of base: disk; default: offload, in output_dir"
+    )
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> OffloadSpec:
+        if self.base is None and self.optimizer is None:
+            raise ValueError("base: got none, and no optimizer; name one, or leave the section out")
+        if self.folder is not None and self.base != "disk":
+            raise ValueError(f"folder: got one with base {self.base}; set base: disk, or leave out")
+        return self
+
+
 class Recipe(_Section):
     """One job: model, method, data, evaluation, training, export."""
 
@@ -121,5 +143,8 @@ class Recipe(_Section):
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     training: dict[str, Any] = Field(default_factory=dict)
     export: ExportSpec = Field(default_factory=ExportSpec)
+    offload: OffloadSpec | None = Field(
+        default=None, description="keep weights or optimizer state off the device"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32)
     overwrite: bool = Field(default=False, description="replace a run found in output_dir")

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from sft.adapters.base import SparseTuner
 from sft.adapters.layer import SparseLayer, sparse_layers
 from sft.checkpoint import MARK, check_whole, last_whole_checkpoint
+from sft.chunked_loss import ChunkedLossMixin
 from sft.driver import SparseCallback
 from sft.eight_bit import set_min_8bit_size
 from sft.engines.training import EngineMixin
@@ -27,9 +28,12 @@ from sft.homes import ResidentHomes
 from sft.identity import sparse_tuner
 from sft.kernels.sm3 import Positions
 from sft.mark_checkpoints import MarkCheckpoints
+from sft.offload.config import OffloadConfig
+from sft.offload.training import OffloadMixin
 from sft.optim.adamw import SparseAdamW
 from sft.optim.sm3 import SM3
 from sft.optim.zeroth_order.config import ZerothOrderConfig
+from sft.optimizer_name import optimizer_name
 from sft.parameter_groups import split_groups
 from sft.precision import keep_precision, trained_tensors
 from sft.processes import check_in_touch
@@ -39,7 +43,7 @@ from sft.zeroth_order import ZerothOrder
 from sft.zeroth_order_log import ZerothOrderLogCallback
 
 
-class SparseTrainingMixin(EngineMixin):
+class SparseTrainingMixin(EngineMixin, ChunkedLossMixin, OffloadMixin):
     """Put before a Trainer class: `class MyTrainer(SparseTrainingMixin, trl.SFTTrainer)`.
 
     Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
@@ -49,6 +53,9 @@ class SparseTrainingMixin(EngineMixin):
     Args:
         *args: passed on.
         zeroth_order: train by forward passes alone, whatever is trained; see `ZerothOrderConfig`.
+        chunked_loss: compute the loss of a causal language model without whole logits, in training
+            and where evaluation reads the loss alone.
+        offload: what is kept off the device; see `OffloadConfig`.
         **kwargs: passed on.
     """
 
@@ -60,12 +67,20 @@ class SparseTrainingMixin(EngineMixin):
     optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None
 
     def __init__(
-        self, *args: Any, zeroth_order: ZerothOrderConfig | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        zeroth_order: ZerothOrderConfig | None = None,
+        chunked_loss: bool = False,
+        offload: OffloadConfig | None = None,
+        **kwargs: Any,
     ) -> None:
         given_model = kwargs.get("model", args[0] if args else None)
+        settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+        self._begin_offload(offload, given_model, settings, kwargs.get("peft_config"))
         known = set(getattr(given_model, "peft_config", ()))
         trained = trained_tensors(given_model)
         super().__init__(*args, **kwargs)
+        self._chunk_loss(chunked_loss)
         keep_precision(self.model, trained)
         if known and "ref" not in known:
             _copy_reference(self.model)
@@ -123,7 +138,7 @@ class SparseTrainingMixin(EngineMixin):
         """Create the optimizer that the method asks for, unless one was given or named."""
         if self.zeroth_order is not None:
             self.optimizer = self.zeroth_order.optimizer(self.optimizer)
-            return self.optimizer
+            return self._offload_optimizer(self.optimizer)
         tuner = sparse_tuner(self.model)
         given = self.optimizer_cls_and_kwargs
         if tuner is not None and given is None:
@@ -140,7 +155,7 @@ class SparseTrainingMixin(EngineMixin):
                 split_groups(optimizer, tuner.parameter_groups(name, self.args.learning_rate))
             if wants_per_layer(tuner):
                 optimizer = self.optimizer = per_layer(self, optimizer)
-        return optimizer
+        return self._offload_optimizer(optimizer)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -278,10 +293,7 @@ def method_optimizer(
         ValueError: `args.optim_args` are given for an optimizer of ours, which takes none.
     """
     config = tuner.peft_config[tuner.active_adapters[0]]
-    name = config.optimizer
-    if name == "auto":
-        named = args.optim != TrainingArguments.__dataclass_fields__["optim"].default
-        name = "trainer" if named else config.suited_optimizer
+    name = optimizer_name(config, args)
     if name == "trainer":
         return None
     if args.optim_args:

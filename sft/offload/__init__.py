@@ -1,0 +1,1 @@
+"""What a run keeps off its device without DeepSpeed: frozen weights, and the optimizer's state."""
