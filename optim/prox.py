@@ -58,9 +58,8 @@ def attach(optimizer: torch.optim.Optimizer, penalties: Iterable[Penalty]) -> Sh
     inner = _stepping(optimizer)
     found = list(penalties)
     known = _groups(inner)
+    check_rules(found)
     for penalty in found:
-        if penalty.rule not in RULES:
-            raise ValueError(f"prox: got {penalty.rule!r}, allowed are {', '.join(RULES)}")
         if any(id(parameter) not in known for parameter in penalty.parameters):
             raise ValueError(
                 "penalties: got a parameter that the optimizer does not hold; create the optimizer "
@@ -124,8 +123,33 @@ def proximal_step_(
             group = groups[id(parameter)]
             batches.setdefault(id(group), (group["lr"], []))[1].append(parameter)
         for lr, parameters in batches.values():
-            rate = lr if penalty.times_lr else 1.0
-            _shrink_(parameters, *_threshold(optimizer, rate, penalty.strength), penalty.rule)
+            shrink_(optimizer, lr, parameters, penalty)
+
+
+def shrink_(
+    optimizer: torch.optim.Optimizer,
+    lr: float | Tensor,
+    parameters: Sequence[Tensor],
+    penalty: Penalty,
+) -> None:
+    """Shrink tensors that a step has just moved at one learning rate, whatever they are part of.
+
+    Args:
+        optimizer: made the step.
+        lr: that it was made with.
+        parameters: written.
+        penalty: gives strength and rule.
+    """
+    rate = lr if penalty.times_lr else 1.0
+    tau, factor = _threshold(optimizer, rate, penalty.strength)
+    _shrink_(list(parameters), tau, factor, penalty.rule)
+
+
+def check_rules(penalties: Iterable[Penalty]) -> None:
+    """Raise ValueError on a rule that there is not."""
+    for penalty in penalties:
+        if penalty.rule not in RULES:
+            raise ValueError(f"prox: got {penalty.rule!r}, allowed are {', '.join(RULES)}")
 
 
 def reference_threshold(value: Tensor, tau: float | Tensor) -> Tensor:

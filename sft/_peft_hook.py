@@ -20,6 +20,7 @@ def install() -> None:
 
 
 def _register() -> None:
+    importlib.import_module("sft.engines.partitioned")  # so that adapters can read ZeRO-3's weights
     # a module of ours that imports PEFT is half imported now; then our configurations register
     if not any(_half_imported(name) for name in tuple(sys.modules)):
         importlib.import_module("sft.adapters.registry").register_all()

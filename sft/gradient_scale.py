@@ -47,18 +47,28 @@ class GradientScale:
         entry = gradient.detach().flatten()[... if self._slot is None else self._slot].clone()
         self._sum = entry if self._sum is None else self._sum + entry
 
-    def read(self) -> float:
-        """Return the factor of the update whose gradients are still in place, and start anew.
+    @property
+    def probe(self) -> nn.Parameter | None:
+        """The parameter that is compared, once backward has reached it."""
+        return self._probe
+
+    def read(self, applied: Tensor | None = None) -> float:
+        """Return the factor of the update just made, and start anew.
 
         It is exactly 1 when nothing was scaled or clipped, and 1 when the probe has no gradient.
+
+        Args:
+            applied: the gradient of the probe that was applied; by default the one still in place.
         """
         raw, slot, probe = self._sum, self._slot, self._probe
         self._sum = self._slot = self._probe = None
         if self._ranks.count > 1:
             raw, slot = self._mean(raw, probe)
-        if raw is None or slot is None or probe is None or probe.grad is None:
+        if applied is None and probe is not None:
+            applied = probe.grad
+        if raw is None or slot is None or applied is None:
             return 1.0
-        entry = probe.grad.flatten()[slot]
+        entry = applied.flatten()[slot]
         usable = torch.isfinite(raw) and torch.isfinite(entry) and raw != 0 and entry != 0
         return float(raw / entry) if usable else 1.0
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from sft.engines.engine import Engine
+from sft.engines.masters import is_value
 from sft.engines.optimizer_state import OptimizerState, named, names_of
 
 STATE = "sft_optimizer.safetensors"
@@ -41,7 +43,7 @@ def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
         tensors = safetensors.torch.load_file(folder / STATE)
     elif (folder / OPTIMIZER_NAME).is_file():
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        tensors = named(saved, engine.stock, names)
+        tensors = named(saved, engine.groups(), names)
     else:
         raise ValueError(
             f"resume_from_checkpoint: {folder} holds no {STATE} and no {OPTIMIZER_NAME}; resume "
@@ -50,6 +52,14 @@ def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
     if engine.consolidates:
         engine.load_state(tensors)
     else:
-        OptimizerState(engine.stock).scatter(names, tensors)
+        kept = {name: tensor for name, tensor in tensors.items() if not is_value(name)}
+        OptimizerState(engine.stock).scatter(names, kept)
     schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
     trainer.lr_scheduler.load_state_dict(schedule)
+
+
+def saved_values(folder: Path) -> dict[str, Tensor]:
+    """Return the values that an engine's state holds in a checkpoint, if it does."""
+    path = folder / STATE
+    found = safetensors.torch.load_file(path) if path.is_file() else {}
+    return {key: tensor for key, tensor in found.items() if is_value(key)}

@@ -78,5 +78,8 @@ class Engine(Protocol):
     def stock(self) -> Any:
         """The torch optimizer that steps, without wrappers."""
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each group of the optimizer, in their own shapes."""
+
     def close(self) -> None:
         """Stop listening to backward: the training has ended."""

@@ -8,6 +8,7 @@ import torch
 
 from sft.adapters.ranks import ALONE, ProcessGroup, Ranks
 from sft.engines.ddp import leave_buffers
+from sft.engines.deepspeed_settings import check_deepspeed
 from sft.engines.engine import Engine
 from sft.engines.fsdp_settings import check_fsdp
 from sft.engines.plain import PlainEngine
@@ -23,6 +24,10 @@ def engine_of(trainer: Any) -> Engine:
         from sft.engines.fsdp import FsdpEngine
 
         return FsdpEngine(trainer.model, trainer.optimizer, ranks_of(trainer.args))
+    if trainer.is_deepspeed_enabled:
+        from sft.engines.deepspeed import deepspeed_engine
+
+        return deepspeed_engine(trainer, ranks_of(trainer.args))
     leave_buffers(trainer.model_wrapped, asked=trainer.args.ddp_broadcast_buffers)
     return PlainEngine(trainer.optimizer, ranks_of(trainer.args))
 
@@ -31,6 +36,8 @@ def check_engine(trainer: Any) -> None:
     """Raise ValueError on settings of an engine that can't run, before anything is sharded."""
     if trainer.is_fsdp_enabled:
         check_fsdp(trainer)
+    if trainer.is_deepspeed_enabled:
+        check_deepspeed(trainer)
 
 
 def stock_engine(args: Any, optimizer: Any) -> Engine:

@@ -90,18 +90,19 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def named(
-    saved: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]
+    saved: dict[str, Any], groups: list[list[nn.Parameter]], names: dict[int, str]
 ) -> dict[str, Tensor]:
     """Return what `gather` would, of a torch optimizer's whole state dict.
 
     Args:
         saved: the state dict of an optimizer over whole parameters.
-        optimizer: another one, over the same parameters in the same groups.
+        groups: the parameters of another optimizer, in the same groups.
         names: of its parameters by identity.
     """
     found: dict[str, Tensor] = {}
-    for group, options in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for parameter, index in zip(group["params"], options["params"], strict=True):
+    kept = [options for options in saved["param_groups"] if options["params"]]
+    for group, options in zip(filter(None, groups), kept, strict=True):
+        for parameter, index in zip(group, options["params"], strict=True):
             name = names[id(parameter)]
             state = saved["state"].get(index, {})
             found |= {f"state//{name}//{key}": _as_tensor(value) for key, value in state.items()}

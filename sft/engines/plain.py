@@ -98,6 +98,10 @@ class PlainEngine:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Nothing was saved."""
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each group of the optimizer."""
+        return [list(group["params"]) for group in self.stock.param_groups]
+
     def close(self) -> None:
         """Stop listening to backward."""
         if self._scale is not None:

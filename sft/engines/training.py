@@ -9,9 +9,10 @@ from torch import nn
 
 from sft.adapters.gathered import gathered
 from sft.engines.adapter_state import whole_adapters
-from sft.engines.checkpoints import STATE, load_optimizer, save_optimizer
+from sft.engines.checkpoints import STATE, load_optimizer, save_optimizer, saved_values
 from sft.engines.engine import Engine
 from sft.engines.find import check_engine, engine_of
+from sft.engines.masters import full_precision, load_values, values_of
 from sft.identity import sparse_tuner
 
 if TYPE_CHECKING:
@@ -42,16 +43,24 @@ class EngineMixin(_Base):  # type: ignore[misc]
             )
         check_engine(self)
         self._engine, self._has_adapter = None, False
-        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+        if resume_from_checkpoint is not None and self._is_sharded:
             # while the model is whole: a file is checked against the base weights
             self._load_from_checkpoint(resume_from_checkpoint, self.model)
             self._has_adapter = True
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
-        self.sparse_callback.engine = self._running_engine()
+        # DeepSpeed would look for its own files in the checkpoint
+        theirs = None if self.is_deepspeed_enabled else resume_from_checkpoint
+        masters = full_precision(self.model) if self.is_deepspeed_enabled else {}
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
+        engine = self.sparse_callback.engine = self._running_engine()
+        if self.is_deepspeed_enabled:
+            load_values(engine, masters)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._has_adapter = False
         return prepared
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _running_engine(self) -> Engine:
         if self._engine is None:
@@ -67,11 +76,16 @@ class EngineMixin(_Base):  # type: ignore[misc]
     def _load_best_model(self) -> None:
         """Load the best adapter into shards that are whole for the moment."""
         best = self.state.best_model_checkpoint
-        if sparse_tuner(self.model) is None or not self.is_fsdp_enabled or best is None:
+        if sparse_tuner(self.model) is None or not self._is_sharded or best is None:
             super()._load_best_model()
             return
-        with gathered(p for p in self.model.parameters() if p.requires_grad):
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # PEFT gives FSDP's shards their rows of a file
+        with gathered([] if self.is_fsdp_enabled else trained):
             super()._load_from_checkpoint(best, self.model)
+        engine = self._running_engine()
+        engine.publish(trained)
+        load_values(engine, saved_values(Path(best)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or sparse_tuner(self.model) is None:
@@ -92,7 +106,8 @@ class EngineMixin(_Base):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, as `Trainer.save_model`; of sharded weights the adapter alone."""
-        if sparse_tuner(self.model) is None or not self.is_fsdp_enabled:
+        if sparse_tuner(self.model) is None or not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=whole_adapters(self.model))
+        masters = {} if self._engine is None else values_of(self._engine)
+        self._save(output_dir, state_dict=whole_adapters(self.model) | masters)
