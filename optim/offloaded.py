@@ -41,7 +41,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             group["params"] = [self._made(parameter) for parameter in own["params"]]
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state of the optimizer that steps, by stand-in."""
         return self.inner.state
 

@@ -151,7 +151,7 @@ class OffloadedBase:
         if found is None:
             return tensor
         key = self._weights[found].key
-        return _Note(key, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Note(key, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _recall(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Note):

@@ -31,7 +31,8 @@ class Feed:
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store, self._device = store, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sft-offload")
         self._ahead: tuple[int, Future[_Arrival]] | None = None
         # a layer is followed by another in forward than in backward: two steps tell which it is
@@ -72,6 +73,6 @@ class Feed:
             return _Arrival(read.to(self._device), None)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             tensor = read.to(self._device, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return _Arrival(tensor, event)

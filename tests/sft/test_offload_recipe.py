@@ -1,0 +1,66 @@
+"""The `offload` section of a recipe: what is refused, and a run to its export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sft.errors import UserError
+from sft.recipe import load_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+
+
+@pytest.fixture
+def wider_model(tmp_path, tiny_tokenizer):
+    """A model whose matrices are large enough to be worth a file."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
+    tiny_tokenizer.save_pretrained(tmp_path / "wider")
+    return tmp_path / "wider"
+
+
+def test_a_run_from_disk_exports_what_it_trained(recipe_file, wider_model, tmp_path) -> None:
+    from sft.run import train_from_recipe
+
+    offload = "offload={base: disk, optimizer: cpu}"
+    here = [f"model.name={wider_model}", "training.use_cpu=true", "training.bf16=false"]
+    run = train_from_recipe(load_recipe(recipe_file, [*here, offload]))
+    assert run.max_logit_difference == 0
+    assert run.all_weights > 2 * 7 * 64 * 64  # counted before they went
+    assert run.after["nll"] < run.before["nll"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["recipe"]["offload"] == {"base": "disk", "optimizer": "cpu", "folder": None}
+    assert not list((tmp_path / "run" / "offload").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{base: gpu}", "offload.base: got 'gpu'"),
+        ("{}", "offload.base: got none, and no optimizer"),
+        ("{base: cpu, folder: x}", "offload.folder: got one with base cpu"),
+        ("{bse: cpu}", "offload.bse"),
+    ],
+    ids=["gpu", "nothing", "folder", "unknown"],
+)
+def test_a_wrong_section_is_refused(section, message, recipe_file) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe_file, [f"offload={section}"])
