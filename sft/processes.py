@@ -107,8 +107,9 @@ def start(number: int, arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: one of them was killed or failed; torchrun has ended the others.
-        SystemExit: they refused the user's input, and said so.
+        SystemExit: they refused the user's input, and said so, or the run was stopped.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -127,6 +128,8 @@ def start(number: int, arguments: Sequence[str]) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "sft", *arguments)
+    except SignalException as stopped:  # it has ended the processes
+        raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
         failed, failure = error.get_first_failure()
         if failure.exitcode == USER_ERROR:

@@ -20,8 +20,8 @@ from sft.metrics import evaluate, held_out_batches
 from sft.models import load_model, load_tokenizer
 from sft.phases import Phases
 from sft.processes import Team
-from sft.put_together import is_sharding, put_together
 from sft.progress import ProgressReport
+from sft.put_together import is_sharding, put_together
 from sft.quantization import is_quantized, write_record
 from sft.recipe import to_yaml
 from sft.schema import Recipe
@@ -90,33 +90,47 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     with phases.phase("train"):
         outcome = _train(trainer, checkpoint)
         phases.note(f"{outcome.global_step} steps, mean loss {outcome.training_loss:.3f}")
+    result = RunResult(
+        output, before, {}, trained, total, outcome.global_step, outcome.training_loss, None,
+        phases.seconds,
+    )  # fmt: skip
     model = _trained(recipe, method, trainer, model, team)
-    if model is None:  # the first process has it, and the last word
-        team.leave()
-        return RunResult(
-            output, before, {}, trained, total, outcome.global_step, outcome.training_loss,
-            None, phases.seconds,
-        )  # fmt: skip
+    if model is not None:  # where it was put together, the first process has the last word
+        given = (recipe, method, trainer, model, tokenizer, data, held_out, team, phases)
+        result = _concluded(result, *given)
+    team.leave()
+    return result
+
+
+def _concluded(
+    result: RunResult,
+    recipe: Recipe,
+    method: Trainable,
+    trainer: Any,
+    model: Any,
+    tokenizer: Any,
+    data: Examples,
+    held_out: list[Encoded],
+    team: Team,
+    phases: Phases,
+) -> RunResult:
+    """Save, measure and export the trained model; the first process alone writes."""
+    output, difference = result.output_dir, None
     if method.saved and team.first:
         _save_adapter(recipe, model, tokenizer, output / run_folder.ADAPTER, phases)
     if trainer.offloaded_base is not None and recipe.export.merged:
         trainer.offloaded_base.close()  # merging writes to the weights
         model.to("cpu")
     with method.trained(model):
-        after = _measure("after", recipe, model, tokenizer, held_out, phases, before)
+        after = _measure("after", recipe, model, tokenizer, held_out, phases, result.before)
         batches = _batches(recipe, data, tokenizer, held_out, model.device)
         expected = logits_of(model, batches) if recipe.export.merged else []
-    difference = None
     if team.first:
         difference = _export(recipe, model, tokenizer, output, batches, expected, phases)
-    result = RunResult(
-        output, before, after, trained, total, outcome.global_step, outcome.training_loss,
-        difference, phases.seconds,
-    )  # fmt: skip
+    result = dataclasses.replace(result, after=after, max_logit_difference=difference)
     if team.first:
         notes = {"versions": versions(), "recipe": recipe.model_dump()}
         run_folder.write_record(output, dataclasses.asdict(result) | notes)
-    team.leave()
     return result
 
 
