@@ -161,6 +161,34 @@ def offloaded(lab: Any) -> dict[str, Any]:
     return {"moved": float(ended[0].abs().max()), "error": float((ended[0] - ended[1]).abs().max())}
 
 
+def packed(storage: torch.dtype) -> Any:
+    """Return what loads the model of `write_dense` in NF4, packed into numbers of this type."""
+
+    def base(lab: Any) -> Any:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        form = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_storage=storage,
+        )
+        return AutoModelForCausalLM.from_pretrained(
+            DENSE["folder"], quantization_config=form, device_map="cpu"
+        )
+
+    return base
+
+
+def write_dense(lab: Any, folder: Path) -> None:
+    """Write a model whose rows bitsandbytes can pack."""
+    lab.base(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    DENSE["folder"] = folder
+
+
+DENSE: dict[str, Path] = {}
+for name, storage in {"packed": torch.uint8, "packed-sharded": torch.float32}.items():
+    cases.MODELS[name] = (cases.peft("SpielConfig", packed(storage), **cases.GROW), {})
 cases.MODELS["sora-l1"] = (cases.peft("SoRAConfig", r=4, l1=0.5), {"max_steps": 3})
 cases.MODELS["spiel-few"] = (
     cases.peft("SpielConfig", num_weights=14, reselect_every=2, window=1),
@@ -189,6 +217,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     lab, found = FsdpLab(folder), {}
+    DENSE["folder"] = alone / "dense"
     for name in names:
         try:
             special = SPECIAL.get(name)

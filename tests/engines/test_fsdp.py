@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 QUICK = ["spiel", "spiel-momentum", "s2ft", "sora", "sltrain"]
 SLOW = [
     "spiel-accumulated", "spiel-calibrated", "spiel-few", "s2ft-activation", "s2ft-experts",
-    "sora-l1", "lora",
+    "sora-l1", "lora", "packed", "packed-sharded",
 ]  # fmt: skip
 # what both processes do beside: the first runs of a list come before it
 EXTRA = {"quick": ["again", "from-plain", "refused"], "slow": ["full", "best", "half", "offloaded"]}
@@ -57,6 +57,7 @@ class Runs:
 def train_alone(worker, folder: Path, names: list[str]) -> tuple[Any, dict[str, Any]]:
     lab, found, threads = worker.laboratory.Lab(folder), {}, torch.get_num_threads()
     torch.set_num_threads(1)
+    worker.write_dense(lab, folder / "dense")
     for name in names:
         given = worker.SETTINGS.get(name, {})
         trainer = found[name] = worker.cases.build(name, lab, name, processes=1, **given)
@@ -116,7 +117,13 @@ def test_two_processes_end_where_one_does(runs, name) -> None:
         assert rank[name]["losses"] == pytest.approx(runs.losses(name), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [*METHODS, pytest.param("full", marks=pytest.mark.engines)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        *(pytest.param(n, marks=pytest.mark.engines) for n in [*SLOW, "full"] if n != "packed"),
+    ],
+)
 def test_each_process_holds_half(runs, name) -> None:
     held = [rank[name]["parameters"] for rank in runs.ranks]
     assert sum(held) == runs.ranks[0][name]["all_parameters"]
@@ -202,3 +209,8 @@ def test_shards_made_by_hand_and_offloaded_train_as_whole_values(slow) -> None:
     found = slow.ranks[0]["offloaded"]
     assert found["moved"] > 1e-2
     assert found["error"] < 1e-5
+
+
+@pytest.mark.engines
+def test_a_base_packed_into_integers_stays_whole(slow) -> None:
+    assert slow.ranks[0]["packed"]["kinds"] == ["DTensor", "Params4bit"]
