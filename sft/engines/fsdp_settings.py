@@ -28,11 +28,6 @@ def check_fsdp(trainer: Any) -> None:
             "fsdp_config.cpu_ram_efficient_loading: got true, which leaves the weights of all "
             "ranks but one unread and shards no index; set it to false"
         )
-    if trainer.zeroth_order is not None:
-        raise ValueError(
-            "fsdp: got true with zeroth_order, which perturbs whole parameters in every process; "
-            "leave fsdp out: without backward, the weights are all the memory there is"
-        )
     tuner = sparse_tuner(trainer.model)
     assert tuner is not None
     check_method(tuner, pending=bool(pending_adapters(trainer.model)))
