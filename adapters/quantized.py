@@ -20,7 +20,7 @@ def packing(module: nn.Module) -> str | None:
 
     By the name of the weight's class, as PEFT tells it: bitsandbytes takes seconds to import.
     """
-    weight = module._parameters.get("weight")  # not an adapter layer's, which shows its base's
+    weight: Any = module._parameters.get("weight")  # not an adapter layer's, which shows its base's
     kind = type(weight).__name__
     if kind == _FOUR:
         return str(weight.quant_type)
@@ -44,9 +44,8 @@ def dequantised(module: nn.Module) -> Tensor:
 
     packed: Any = module.weight
     if packing(module) == "int8":
-        state = getattr(module, "state", None)  # where the scales move in the first forward
-        held = getattr(state, "SCB", None)
-        scales = packed.SCB if held is None else held
+        fresh = getattr(packed, "SCB", None)  # moves to the module's state in its first forward
+        scales = module.state.SCB if fresh is None else fresh  # type: ignore[union-attr]
         whole: Tensor = functional.int8_vectorwise_dequant(packed.data, scales.to(packed.device))
         return whole.float()
     wide = copy.copy(packed.quant_state)

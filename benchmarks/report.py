@@ -16,6 +16,7 @@ import method_results
 import plots
 import report_methods
 import report_performance
+import report_quantized
 import report_saved_inputs
 import report_zeroth_order
 
@@ -225,6 +226,7 @@ SECTIONS = {
     "recipes": recipes_section,
     "switching": switching_section,
     "saved_inputs": report_saved_inputs.section,
+    "quantized": report_quantized.section,
     "imports": imports_section,
     "crossover": crossover_section,
     "zeroth_order_step": report_zeroth_order.step_section,

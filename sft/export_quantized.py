@@ -215,7 +215,6 @@ def _merge_in_place(model: Any, dtype: torch.dtype | None) -> dict[str, Deviatio
         if dtype is None:
             if packed is not layer:
                 packed.weight = requantised(packed, weight)
-                _forget_state(packed)
             kept, new = dequantised(packed), packed
         else:
             new = _dense(packed, weight.to(dtype))
@@ -281,12 +280,6 @@ def _dense(packed: Any, weight: Tensor) -> nn.Module:
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return linear
-
-
-def _forget_state(packed: Any) -> None:
-    """Let an int8 layer take the scales of its new weight."""
-    if packing(packed) == "int8":
-        packed.state.CB = packed.state.SCB = None
 
 
 def _unmarked(model: Any) -> Any:

@@ -78,6 +78,8 @@ def test_dequantised_is_rounded_once(lab):
 def test_a_folder_is_what_was_merged_and_tells_its_error(lab, kind, mode):
     model = lab.adapt(lab.packed(FORMS[kind]), METHODS["spiel"], moved=SIZE)
     expected = trained_logits(model, [lab.batch()])[0]
+    layer = "model.layers.0.mlp.up_proj"
+    trained = trained_weight(model.get_base_model().get_submodule(layer))
     folder = lab.out / "merged"
     difference, error = export_quantized(
         model, NoTokenizer(), folder, mode, [lab.batch()], reference=lab.reference
@@ -85,11 +87,14 @@ def test_a_folder_is_what_was_merged_and_tells_its_error(lab, kind, mode):
     assert difference == 0  # the folder, reloaded, against the merged model in memory
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     keep_packed(reloaded)
-    packed = packing(reloaded.model.layers[0].mlp.up_proj)
+    module = reloaded.get_submodule(layer)
+    packed = packing(module)
     assert packed == (FORMS[kind]["bits"] if mode == "requantize" else None)
     off = (logits_of(reloaded, [lab.batch()])[0] - expected).abs()
     assert error.logits.largest == pytest.approx(float(off.max()), abs=1e-6)
     assert error.logits.mean == pytest.approx(float(off.mean()), abs=1e-6)
+    kept = dequantised(module) if packed else module.weight.detach()
+    assert error.layers[layer].largest == pytest.approx(float((kept - trained).abs().max()))
     written = json.loads((folder / ERROR_FILE).read_text())
     assert written["mode"] == mode
     assert written["layers"].keys() == error.layers.keys()

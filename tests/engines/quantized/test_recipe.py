@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sft.cli import app
 from sft.errors import UserError
+from sft.export_quantized import MODES
 from sft.models import load_model
 from sft.recipe import load_recipe
-from sft.schema import ModelSpec
+from sft.schema import ModelSpec, QuantizationSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
@@ -111,6 +114,14 @@ def test_what_is_not_understood_is_refused(recipe, name):
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(recipe(quantization))
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_names_every_key():
+    page = (Path(__file__).parents[3] / "docs/quantized.md").read_text(encoding="utf-8")
+    table = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert set(QuantizationSpec.model_fields) <= table
+    modes = set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE))
+    assert set(MODES) <= modes
 
 
 def test_random_weights_are_not_packed():
