@@ -32,8 +32,16 @@ def put_together(trainer: Any, spec: ModelSpec, *, adapter: bool, first: bool) -
         trainer.save_model(str(folder))  # every process lends its shards, the first one writes
         if not first:
             return None
+        _load_whole()
         model = _loaded(folder, spec) if adapter else load_model(_at(spec, folder))
     return model.to(trainer.args.device).eval()
+
+
+def _load_whole() -> None:
+    """Let transformers no longer partition what it loads, as it does while ZeRO-3 is configured."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _loaded(folder: Path, spec: ModelSpec) -> Any:
