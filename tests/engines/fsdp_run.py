@@ -89,8 +89,11 @@ def finish(trainer: Any, out: Path, resume: Path | None = None) -> dict[str, Any
 
 def run(lab: Any, name: str, **settings: Any) -> dict[str, Any]:
     """Train a case."""
-    trainer = cases.build(name, lab, name, processes=2, **settings)
-    found = finish(trainer, lab.folder / name)
+    out, name = name, name.removeprefix("ddp-")
+    if out != name:  # the same in whole copies
+        lab = laboratory.Lab(lab.folder)
+    trainer = cases.build(name, lab, out, processes=2, **settings)
+    found = finish(trainer, lab.folder / out)
     if name == "spiel":
         found["pristine"] = pristine(trainer, lab.base())
     return found
@@ -187,8 +190,24 @@ def write_dense(lab: Any, folder: Path) -> None:
 
 
 DENSE: dict[str, Path] = {}
-for name, storage in {"packed": torch.uint8, "packed-sharded": torch.float32}.items():
-    cases.MODELS[name] = (cases.peft("SpielConfig", packed(storage), **cases.GROW), {})
+# over a base in 4 bits, whole in each process, and in shards: bitsandbytes packs into floats too
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "spiel": ("SpielConfig", cases.GROW),
+    "s2ft": ("S2FTConfig", {"density": 0.1}),
+    "sora": ("SoRAConfig", {"r": 4}),
+    "sltrain": ("SLTrainConfig", {"density": 0.05, "r": 4}),
+}
+for name, (owner, fields) in PACKED.items():
+    cases.MODELS[f"packed-{name}"] = (cases.peft(owner, packed(torch.uint8), **fields), {})
+    cases.MODELS[f"sharded-{name}"] = (cases.peft(owner, packed(torch.float32), **fields), {})
+cases.MODELS["sltrain-scale"] = (
+    cases.peft("SLTrainConfig", density=0.05, r=4, trainable_scale=True),
+    {"max_steps": 4},
+)
+cases.MODELS["sltrain-pretrain"] = (
+    cases.peft("SLTrainConfig", density=0.05, r=4, form="pretrain"),
+    {"max_steps": 4},
+)
 cases.MODELS["sora-l1"] = (cases.peft("SoRAConfig", r=4, l1=0.5), {"max_steps": 3})
 cases.MODELS["spiel-few"] = (
     cases.peft("SpielConfig", num_weights=14, reselect_every=2, window=1),
@@ -209,6 +228,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spiel": {"save_strategy": "steps", "save_steps": 4},
     "sora": CALM,
     "sora-l1": CALM,
+    "full": CALM,
+    "packed-sora": CALM,
+    "sharded-sora": CALM,
 }
 
 
@@ -221,7 +243,7 @@ def main() -> None:
     for name in names:
         try:
             special = SPECIAL.get(name)
-            given = SETTINGS.get(name, {})
+            given = SETTINGS.get(name.removeprefix("ddp-"), {})
             found[name] = special(lab, alone) if special else run(lab, name, **given)
         except ValueError as error:
             found[name] = {"error": str(error)}

@@ -19,11 +19,16 @@ HERE = Path(__file__).parent
 QUICK = ["spiel", "spiel-momentum", "s2ft", "sora", "sltrain"]
 SLOW = [
     "spiel-accumulated", "spiel-calibrated", "spiel-few", "s2ft-activation", "s2ft-experts",
-    "sora-l1", "lora", "packed", "packed-sharded",
+    "sora-l1", "lora", "packed-spiel", "sharded-spiel", "sharded-s2ft", "sharded-sora",
+    "sharded-sltrain", "sltrain-pretrain", "full",
 ]  # fmt: skip
+# in whole copies, for what shards are measured by
+COPIED = ["packed-spiel", "packed-s2ft", "packed-sora", "packed-sltrain", "sltrain-scale"]
 # what both processes do beside: the first runs of a list come before it
-EXTRA = {"quick": ["again", "from-plain", "refused"], "slow": ["full", "best", "half", "offloaded"]}
+EXTRA = {"quick": ["again", "from-plain", "refused"], "slow": ["best", "half", "offloaded"]}
+EXTRA["slow"] += [f"ddp-{name}" for name in COPIED]
 METHODS = [*QUICK, *(pytest.param(name, marks=pytest.mark.engines) for name in SLOW)]
+SHARDED = [case for case in METHODS if "packed-spiel" not in getattr(case, "values", ())]
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +72,11 @@ def train_alone(worker, folder: Path, names: list[str]) -> tuple[Any, dict[str, 
     return lab, found
 
 
-def train_both(worker, factory: Any, names: list[str], extra: list[str]) -> Runs:
+def train_both(worker, factory: Any, names: list[str], sharded: list[str]) -> Runs:
     lab, trainers = train_alone(worker, factory.mktemp("alone"), names)
     folder = factory.mktemp("fsdp")
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    given = [HERE / "fsdp_run.py", folder, lab.folder, *names, *extra]
+    given = [HERE / "fsdp_run.py", folder, lab.folder, *sharded]
     done = subprocess.run(
         [sys.executable, "-m", *launch, *map(str, given)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -84,12 +89,13 @@ def train_both(worker, factory: Any, names: list[str], extra: list[str]) -> Runs
 
 @pytest.fixture(scope="session")
 def quick(worker, tmp_path_factory) -> Runs:
-    return train_both(worker, tmp_path_factory, QUICK, EXTRA["quick"])
+    return train_both(worker, tmp_path_factory, QUICK, [*QUICK, *EXTRA["quick"]])
 
 
 @pytest.fixture(scope="session")
 def slow(worker, tmp_path_factory) -> Runs:
-    return train_both(worker, tmp_path_factory, SLOW, EXTRA["slow"])
+    alone = [*SLOW, *(name for name in COPIED if name not in SLOW)]
+    return train_both(worker, tmp_path_factory, alone, [*SLOW, *EXTRA["slow"]])
 
 
 @pytest.fixture
@@ -98,7 +104,9 @@ def runs(request, name) -> Runs:
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    adapter = folder / "adapter_model.safetensors"
+    path = adapter if adapter.is_file() else folder / "model.safetensors"
+    return safetensors.torch.load_file(path)
 
 
 def assert_alike(ours, wanted, atol: float = 1e-5) -> None:
@@ -117,13 +125,7 @@ def test_two_processes_end_where_one_does(runs, name) -> None:
         assert rank[name]["losses"] == pytest.approx(runs.losses(name), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *QUICK,
-        *(pytest.param(n, marks=pytest.mark.engines) for n in [*SLOW, "full"] if n != "packed"),
-    ],
-)
+@pytest.mark.parametrize("name", SHARDED)
 def test_each_process_holds_half(runs, name) -> None:
     held = [rank[name]["parameters"] for rank in runs.ranks]
     assert sum(held) == runs.ranks[0][name]["all_parameters"]
@@ -186,6 +188,14 @@ def test_what_cannot_be_sharded_is_refused_before_it_is(quick) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_over_a_packed_base_end_where_one_process_does(slow, name) -> None:
+    copied = read(slow.folder / f"ddp-{name}" / "saved")
+    assert_alike(copied, read(slow.alone / name / "saved"))
+    assert slow.ranks[0][f"ddp-{name}"]["kinds"] != ["DTensor"]
+
+
+@pytest.mark.engines
 def test_the_best_adapter_is_loaded_at_the_end(slow) -> None:
     found = slow.ranks[0]["best"]["best"]
     assert found != "checkpoint-6"
@@ -213,4 +223,4 @@ def test_shards_made_by_hand_and_offloaded_train_as_whole_values(slow) -> None:
 
 @pytest.mark.engines
 def test_a_base_packed_into_integers_stays_whole(slow) -> None:
-    assert slow.ranks[0]["packed"]["kinds"] == ["DTensor", "Params4bit"]
+    assert slow.ranks[0]["packed-spiel"]["kinds"] == ["DTensor", "Params4bit"]
