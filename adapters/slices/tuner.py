@@ -12,7 +12,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from sft.adapters.base import SparseTuner
-from sft.adapters.geometry import Kind, layer_kind
+from sft.adapters.gathered import gathered, is_away
+from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import SparseLayer
 from sft.adapters.shapes import on_meta
 from sft.adapters.slices.experts import SliceExperts, expert_columns
@@ -119,7 +120,9 @@ class SliceTuner(SparseTuner):
         elif layer_kind(base) is Kind.EXPERTS:
             weight = expert_columns(base)
         else:
-            weight = dequantize_module_weight(base)
+            with gathered([stored_weight(base)]):
+                weight = dequantize_module_weight(base)
+                weight = weight.clone() if is_away(weight) else weight
         return weight.detach().t() if layer_kind(base) is Kind.CONV1D else weight.detach()
 
     @contextmanager

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 
 from sft.optim.shards import is_sharded, whole
@@ -26,3 +32,19 @@ def whole_adapters(model: PeftModel) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if id(tensor) in wanted or not is_sharded(tensor)
     }
+
+
+def load_adapters(model: PeftModel, folder: Path) -> None:
+    """Read the adapters of a checkpoint into the parameters that are there.
+
+    Unlike `PeftModel.load_adapter`, which casts what it has read by putting other parameters in
+    place: those that an engine steps are then nobody's.
+
+    Args:
+        model: its parameters are whole.
+        folder: written by `save_pretrained`.
+    """
+    for adapter in model.peft_config:
+        own = folder if adapter == "default" else folder / adapter
+        tensors = load_peft_weights(str(own), device="cpu")
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter)

@@ -30,6 +30,7 @@ def check_deepspeed(trainer: Any) -> None:
     _check_precision(config, plugin.zero_stage)
     names = {optimizer_name(tuner.peft_config[a], trainer.args) for a in tuner.active_adapters}
     _check_optimizer(config, names, tuner)
+    _check_offload(config)
     if plugin.zero_stage > 0:
         _check_flat(tuner, names)
     if plugin.zero_stage == 3:
@@ -86,10 +87,18 @@ def _check_optimizer(config: dict[str, Any], names: set[str], tuner: SparseTuner
             f"deepspeed.optimizer: got {config['optimizer'].get('type')!r}, but the method makes "
             f"its own ({', '.join(sorted(wanted or names))}); leave it out"
         )
-    if config.get(FORCE) and wanted and _offloads(config):
+    if config.get(FORCE) and wanted and _offload(config).get("device", "none") != "none":
         raise ValueError(
             f"deepspeed.{FORCE}: got true, which would put DeepSpeed's Adam in the place of the "
             f"method's {', '.join(sorted(wanted))}; leave it out"
+        )
+
+
+def _check_offload(config: dict[str, Any]) -> None:
+    if _offload(config).get("device") == "nvme":
+        raise ValueError(
+            "deepspeed.zero_optimization.offload_optimizer.device: got 'nvme', where no support "
+            "can move and no checkpoint reads it; set cpu: a sparse part has little state"
         )
 
 
@@ -114,6 +123,11 @@ def _check_partitioned(tuner: SparseTuner) -> None:
             "form: got 'pretrain' under ZeRO-3, which partitions no parameter of no entries; set "
             "deepspeed.zero_optimization.stage 2"
         )
+    if any(_settings(tuner, "l1")):
+        raise ValueError(
+            "l1: its term of the loss reads gates under ZeRO-3 that no forward pass has gathered; "
+            "set l1=0 and a strength, or deepspeed.zero_optimization.stage 2"
+        )
     for name, layer in sparse_layers(tuner).items():
         if layer.kind is Kind.EXPERTS:
             raise ValueError(
@@ -130,6 +144,5 @@ def _on(config: dict[str, Any], key: str) -> bool:
     return config.get(key, {}).get("enabled") is True
 
 
-def _offloads(config: dict[str, Any]) -> bool:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(offload.get("device", "none") != "none")
+def _offload(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("zero_optimization", {}).get("offload_optimizer") or {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sft.adapters.gathered import gathered
-from sft.engines.adapter_state import whole_adapters
+from sft.engines.adapter_state import load_adapters, whole_adapters
 from sft.engines.checkpoints import STATE, load_optimizer, save_optimizer, saved_values
 from sft.engines.engine import Engine
 from sft.engines.find import check_engine, engine_of
@@ -80,9 +80,11 @@ class EngineMixin(_Base):  # type: ignore[misc]
             super()._load_best_model()
             return
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        # PEFT gives FSDP's shards their rows of a file
-        with gathered([] if self.is_fsdp_enabled else trained):
+        if self.is_fsdp_enabled:  # PEFT gives its shards their rows of a file
             super()._load_from_checkpoint(best, self.model)
+            return
+        with gathered(trained):
+            load_adapters(self.model, Path(best))
         engine = self._running_engine()
         engine.publish(trained)
         load_values(engine, saved_values(Path(best)))

@@ -32,7 +32,7 @@ class Fragment(NamedTuple):
 
 
 class ZeroShards:
-    """Reads and writes whole masters and states by parameter, through DeepSpeed's own functions.
+    """Reads and writes whole masters and states by parameter.
 
     All verbs but `fragment` and `flats` are collective.
 
@@ -85,27 +85,21 @@ class ZeroShards:
 
     def value(self, parameter: nn.Parameter) -> Tensor:
         """Return the fp32 master, whole."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return _whole(safe_get_full_fp32_param(parameter), parameter)
+        return self._gathered(parameter, self.flat(parameter).detach())
 
     @torch.no_grad()
     def put_value(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Write the master, and the copy that forward reads."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         value = value.to(parameter.device)
-        safe_set_full_fp32_param(parameter, value.float())
+        self._put(parameter, self.flat(parameter), value)
         with gathered([parameter]):
             parameter.copy_(value)
 
+    @torch.no_grad()
     def adopt(self, parameter: nn.Parameter) -> None:
         """Take what forward reads for the master."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         with gathered([parameter]):
-            value = parameter.detach().float().clone()
-        safe_set_full_fp32_param(parameter, value)
+            self._put(parameter, self.flat(parameter), parameter.detach())
 
     def keys(self, parameter: nn.Parameter) -> list[str]:
         """Return the names of the state that has an entry for each of the parameter's."""
@@ -124,12 +118,9 @@ class ZeroShards:
     def put_state(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         """Write what `state` returned; numbers are those of all that lie in one flat vector."""
         keys, kept = self.keys(parameter), self.stock.state.get(self.flat(parameter), {})
-        held = self.fragment(parameter)
         for key, value in state.items():
             if key in keys:
-                if held is not None:
-                    entries = value.reshape(-1)[held.first : held.first + held.size]
-                    held.of(kept[key]).copy_(entries)
+                self._put(parameter, kept[key], value)
             elif isinstance(value, Tensor) and isinstance(kept.get(key), Tensor):
                 kept[key].copy_(value)
             else:
@@ -148,9 +139,14 @@ class ZeroShards:
         for group, before in zip(self.stock.param_groups, options, strict=True):
             group.update({key: before[key] for key in ("lr", "weight_decay") if key in before})
 
+    def _put(self, parameter: nn.Parameter, flat: Tensor, whole: Tensor) -> None:
+        held = self.fragment(parameter)
+        if held is not None:
+            held.of(flat).copy_(whole.reshape(-1)[held.first : held.first + held.size])
+
     def _gathered(self, parameter: nn.Parameter, flat: Tensor) -> Tensor:
-        # DeepSpeed's own look-up knows the states of the first group alone: it links them all after
-        # the first group's first step, when the others have none
+        # not by DeepSpeed's functions of this purpose (0.19): in stages 1 and 2 they find state of
+        # the first group alone, in stage 3 they write no parameter whose last part is shorter
         held, shape = self.fragment(parameter), getattr(parameter, "ds_shape", parameter.shape)
         whole = torch.zeros(shape, dtype=flat.dtype, device=parameter.device)
         if held is not None:
@@ -181,9 +177,3 @@ def trained(shards: ZeroShards) -> Iterator[nn.Parameter]:
 def _group(parameter: Any) -> Any:
     """Return the processes that share a parameter's state."""
     return getattr(parameter, "ds_process_group", None) or parameter._dp_group
-
-
-def _whole(found: Any, parameter: nn.Parameter) -> Tensor:
-    assert isinstance(found, Tensor)
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return found.detach().reshape(shape).clone()

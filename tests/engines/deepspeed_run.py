@@ -111,7 +111,7 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-SPECIAL: dict[str, Any] = {}
+SPECIAL: dict[str, Any] = load(HERE / "deepspeed_special.py").SPECIAL
 
 if __name__ == "__main__":
     main()
