@@ -41,7 +41,7 @@ def layer_kind(base: nn.Module) -> Kind | None:
 
 def _are_experts(base: nn.Module) -> bool:
     """Tell whether this is a module of 3-D parameters behind transformers' experts interface."""
-    down = getattr(base, "down_proj", None)
+    down: Any = getattr(base, "down_proj", None)
     plain = type(down) is nn.Parameter or hasattr(down, "device_mesh")  # whole, or FSDP's shard
     return plain and down.dim() == 3 and hasattr(base, "is_transposed")
 

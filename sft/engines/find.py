@@ -34,7 +34,7 @@ def engine_of(trainer: Any) -> Engine:
 
 def check_engine(trainer: Any) -> None:
     """Raise ValueError on settings of an engine that can't run, before anything is sharded."""
-    if trainer.is_fsdp_enabled:
+    if trainer.args.fsdp or trainer.is_fsdp_enabled:  # asked for here, or by accelerate's launcher
         check_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
         check_deepspeed(trainer)

@@ -14,9 +14,17 @@ from sft.identity import sparse_tuner
 def check_fsdp(trainer: Any) -> None:
     """Raise on settings that would fail, or go wrong, once the model is sharded.
 
+    Args:
+        trainer: asks for FSDP, whether or not it gets it.
+
     Raises:
         ValueError: key, what was found, and what runs.
     """
+    if not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp: got true on {trainer.args.device.type}, where accelerate shards nothing and "
+            "says nothing; leave it out, or run on accelerators"
+        )
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(

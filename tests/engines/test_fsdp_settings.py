@@ -9,12 +9,13 @@ import torch
 from peft import get_peft_model
 
 from sft import S2FTConfig, SLTrainConfig, SoRAConfig, SpielConfig
+from sft.engines.find import check_engine
 from sft.engines.fsdp import FsdpEngine
 from sft.engines.fsdp_settings import check_fsdp
 
 METHODS = {
     "compact_after": SoRAConfig(r=4, compact_after=2, task_type="CAUSAL_LM"),
-    "layout": S2FTConfig(density=0.3, layout="permuted", task_type="CAUSAL_LM"),
+    "layout": S2FTConfig(density=0.5, layout="permuted", task_type="CAUSAL_LM"),
     "trainable_scale": SLTrainConfig(density=0.05, trainable_scale=True, task_type="CAUSAL_LM"),
     "per_layer_updates": SLTrainConfig(density=0.05, per_layer_updates=True, task_type="CAUSAL_LM"),
     "allocation": S2FTConfig(
@@ -26,7 +27,13 @@ METHODS = {
 def trainer(model, **plugin):
     settings = {"fsdp_version": 2, "cpu_ram_efficient_loading": False} | plugin
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**settings))
-    return SimpleNamespace(model=model, accelerator=SimpleNamespace(state=state))
+    return SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(state=state),
+        args=SimpleNamespace(fsdp=True, device=torch.device("cpu")),
+        is_fsdp_enabled=True,
+        is_deepspeed_enabled=False,
+    )
 
 
 @pytest.mark.parametrize("key", METHODS)
@@ -46,6 +53,13 @@ def test_settings_of_the_plugin(llama, plugin, remedy) -> None:
     check_fsdp(trainer(model))
     with pytest.raises(ValueError, match=rf"^fsdp_config\.\w+: got .*{remedy}$"):
         check_fsdp(trainer(model, **plugin))
+
+
+def test_sharding_that_accelerate_passes_over(llama) -> None:
+    asked = trainer(llama())
+    asked.is_fsdp_enabled = False
+    with pytest.raises(ValueError, match=r"^fsdp: got true on cpu, where accelerate shards noth"):
+        check_engine(asked)
 
 
 def test_values_of_two_dtypes(llama) -> None:
