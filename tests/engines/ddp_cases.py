@@ -29,6 +29,22 @@ def experts() -> Any:
     return MixtralForCausalLM(config)
 
 
+def packed(lab: Any) -> Any:
+    """Return a base whose linear layers but the head are in 4 bits; rows are whole blocks."""
+    import bitsandbytes
+    from torch import nn
+
+    base = lab.base(hidden_size=64, intermediate_size=64)
+    found = {name: m for name, m in base.model.named_modules() if isinstance(m, nn.Linear)}
+    for name, plain in found.items():
+        layer = bitsandbytes.nn.Linear4bit(
+            plain.in_features, plain.out_features, bias=False, quant_type="nf4"
+        )
+        layer.load_state_dict(plain.state_dict())
+        base.model.set_submodule(name, layer.to("cpu"))  # where they are packed
+    return base
+
+
 def peft(config: str, base: Callable[[Any], Any] = lambda lab: lab.base(), **settings: Any) -> Any:
     """Return what builds a model with an adapter."""
 
@@ -59,6 +75,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         peft("SpielConfig", density=0.1, growth="none", selection="gradient"),
         {"optim": "sgd", "learning_rate": 1e-2},
     ),
+    "spiel-nf4": (peft("SpielConfig", packed, **GROW), {}),
     "s2ft": (peft("S2FTConfig", density=0.1), {}),
     "s2ft-activation": (peft("S2FTConfig", density=0.1, selection="activation"), {}),
     "s2ft-gradient": (

@@ -39,7 +39,7 @@ def all_cases(lab: Any, rank: int) -> dict[str, Any]:
         if rank == 1:
             with torch.no_grad():
                 for parameter in trainer.model.parameters():
-                    parameter.add_(1.0)
+                    parameter.add_(1)  # codes of packed weights as well
         trainer.train()
         found[name] = cases.left_by(trainer)
         found[name]["buffers sent"] = trainer.model_wrapped.broadcast_buffers

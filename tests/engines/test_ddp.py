@@ -14,8 +14,8 @@ import torch
 
 HERE = Path(__file__).parent
 METHODS = [
-    "full", "lora", "spiel", "spiel-accumulated", "spiel-momentum", "spiel-calibrated", "s2ft",
-    "s2ft-activation", "s2ft-gradient", "s2ft-experts", "sora", "sltrain",
+    "full", "lora", "spiel", "spiel-accumulated", "spiel-momentum", "spiel-calibrated",
+    "spiel-nf4", "s2ft", "s2ft-activation", "s2ft-gradient", "s2ft-experts", "sora", "sltrain",
 ]  # fmt: skip
 
 
