@@ -41,6 +41,8 @@ class FsdpEngine:
     def __init__(self, model: nn.Module, optimizer: Any, ranks: Ranks) -> None:
         self.ranks = ranks
         self._model = model
+        self._sharding = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._places = _places(model)
         self._optimizer = optimizer
         self._scale: ShardScale | None = None
         self._stand_ins: dict[int, nn.Parameter] = {}
@@ -148,19 +150,23 @@ class FsdpEngine:
 
     def _reshard(self) -> None:
         """Give up what a forward pass without backward left gathered: it may be out of date."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._sharding:
+            module.reshard()
 
     def _holders(self, parameters: Iterable[Tensor]) -> list[tuple[Any, list[Holder]]]:
         """Return the sharded ones among parameters, and the modules that hold them."""
         wanted = {id(p): p for p in parameters if is_sharded(p)}
-        found: dict[int, list[Holder]] = {}
-        for module in self._model.modules() if wanted else ():
-            for attribute, parameter in module._parameters.items():
-                if id(parameter) in wanted:
-                    found.setdefault(id(parameter), []).append((module, attribute))
-        return [(wanted[key], where) for key, where in found.items()]
+        return [(sharded, self._places[key]) for key, sharded in wanted.items()]
+
+
+def _places(model: nn.Module) -> dict[int, list[Holder]]:
+    """Return by identity the modules that hold each parameter: of shards, for all of a run."""
+    found: dict[int, list[Holder]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, attribute))
+    return found
 
 
 def _stand_in(sharded: Any) -> nn.Parameter:
