@@ -26,6 +26,8 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     adapter: str = "default",
     ranks: Ranks = ALONE,
+    *,
+    accumulate: bool = True,
 ) -> int:
     """Run batches and choose the adapter's support by what they show.
 
@@ -38,6 +40,7 @@ def calibrate(
             read as the configuration says.
         adapter: its name.
         ranks: processes that read different batches, as many each, and choose by all of them.
+        accumulate: let gradients reach the parameters; False where an engine counts those that do.
 
     Returns:
         The number of batches read.
@@ -61,7 +64,7 @@ def calibrate(
     model.eval()
     calibration.open()
     try:
-        count = _run(model, islice(batches, wanted), calibration)
+        count = _run(model, islice(batches, wanted), calibration, accumulate=accumulate)
     finally:
         calibration.close()
         model.train(training)
@@ -89,7 +92,14 @@ def _share(batch: Mapping[str, Any], ranks: Ranks) -> float:
     return mine * ranks.count / every if every else 1.0
 
 
-def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibration) -> int:
+def _run(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    calibration: Calibration,
+    *,
+    accumulate: bool,
+) -> int:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = 0
     for batch in batches:
         calibration.before_batch(batch)
@@ -99,7 +109,11 @@ def _run(model: Any, batches: Iterable[Mapping[str, Any]], calibration: Calibrat
             loss = getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("calibration: the batches give no loss; they need labels")
-            (loss * _share(batch, calibration.ranks)).backward()
+            loss = loss * _share(batch, calibration.ranks)
+            if accumulate:
+                loss.backward()
+            else:
+                torch.autograd.grad(loss, trained, allow_unused=True)
         count += 1
     if count == 0:
         raise ValueError("calibration: got no batches; pass at least one")

@@ -122,7 +122,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, model, tuner)
         else:
             with without_updates(optimizer):
-                _calibrate_pending(model, kwargs["train_dataloader"], engine.ranks)
+                _calibrate_pending(model, kwargs["train_dataloader"], engine)
         _check_alike(model, engine.ranks)
 
     def on_step_begin(
@@ -287,11 +287,13 @@ def _settings(tuner: SparseTuner, state: TrainerState) -> dict[str, dict[str, An
     return {**method_settings(tuner), "trainer": {"max_steps": state.max_steps}}
 
 
-def _calibrate_pending(model: nn.Module, batches: Any, ranks: Ranks) -> None:
+def _calibrate_pending(model: nn.Module, batches: Any, engine: Engine) -> None:
     # the loader draws its shuffle from the global generator: training must not notice
     for name in pending_adapters(model):
         with torch.random.fork_rng():
-            count = calibrate(model, batches, name, ranks)
+            # DeepSpeed takes each gradient that reaches a parameter for one of the update's
+            own = engine.name != "deepspeed"
+            count = calibrate(model, batches, name, engine.ranks, accumulate=own)
         logger.info("adapter %s: support chosen by %d batches", name, count)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sft.adapters.base import SparseTuner
+from sft.adapters.calibrate import pending_adapters
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import sparse_layers
 from sft.identity import sparse_tuner
@@ -52,6 +53,12 @@ def check_stepping(tuner: SparseTuner) -> None:
                 f"compact_after: got {after} under DeepSpeed, whose buffers are laid out for all "
                 "ranks at the start; set compact_after=None"
             )
+    if "pooled" in _settings(tuner, "allocation") and pending_adapters(tuner):
+        raise ValueError(
+            "allocation: got 'pooled' with units chosen by batches under DeepSpeed, whose buffers "
+            "are laid out before they are read; set allocation='uniform', or choose them first "
+            "with sft.calibrate(model, batches)"
+        )
 
 
 def check_sharded(tuner: SparseTuner, stock: Any) -> None:
@@ -123,6 +130,13 @@ def _check_partitioned(tuner: SparseTuner) -> None:
             "form: got 'pretrain' under ZeRO-3, which partitions no parameter of no entries; set "
             "deepspeed.zero_optimization.stage 2"
         )
+    for name in pending_adapters(tuner):
+        calibration = tuner.calibration(name)
+        if calibration is not None and calibration.backward:
+            raise ValueError(
+                f"selection: got {tuner.peft_config[name].selection!r} under ZeRO-3, which takes no "
+                "backward pass beside training's; set stage 2, or a selection without gradients"
+            )
     if any(_settings(tuner, "l1")):
         raise ValueError(
             "l1: its term of the loss reads gates under ZeRO-3 that no forward pass has gathered; "

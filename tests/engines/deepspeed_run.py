@@ -35,6 +35,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "spiel-0": ("spiel", 0, {}),
     "spiel-momentum-0": ("spiel-momentum", 0, {}),
     "spiel-1": ("spiel", 1, {}),
+    "s2ft-activation-3": ("s2ft-activation", 3, {}),
     "s2ft-experts-1": ("s2ft-experts", 1, {}),
 }  # fmt: skip
 

@@ -46,6 +46,12 @@ def from_plain(lab: Any) -> dict[str, Any]:
     return {}
 
 
+def one_process(lab: Any) -> dict[str, Any]:
+    """Go on in one process from a checkpoint of two."""
+    trainer = trained(lab, "spiel", 2, "one-process", lab.checkpoint("spiel-whole", CUT))
+    return runs().told(trainer)
+
+
 def best(lab: Any) -> dict[str, Any]:
     """Load the first of two checkpoints at the end."""
     chosen = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
@@ -131,6 +137,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
         {"conf": {"zero_force_ds_cpu_optimizer": True,
                   "zero": {"offload_optimizer": {"device": "cpu"}}}},
     ),
+    "calibrated": (
+        "SpielConfig", {"density": 0.1, "growth": "none", "selection": "gradient"}, 3, {},
+    ),
+    "pooled": (
+        "S2FTConfig", {"density": 0.1, "selection": "activation", "allocation": "pooled"}, 2, {},
+    ),
     "l1": ("SoRAConfig", {"l1": 0.1}, 3, {}),
     "nvme": (
         "S2FTConfig", {"density": 0.1}, 3,
@@ -156,6 +168,7 @@ def refused(lab: Any) -> dict[str, str]:
 SPECIAL = {
     "interrupted": interrupted,
     "from-plain": from_plain,
+    "one-process": one_process,
     "best": best,
     "half": half,
     "offloaded": offloaded,
