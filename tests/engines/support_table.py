@@ -17,6 +17,8 @@ ENGINES = "tests/engines/"
 ONE = TRAINING + "test_every_method.py::test_interrupted_and_resumed_is_uninterrupted[{}-1]"
 CUT = TRAINING + "test_resume.py::test_every_cut_resumes_to_the_same_bits[{}]"
 DDP = ENGINES + "test_ddp.py::test_two_processes_end_where_one_ends_on_the_whole_batch[{}]"
+ZERO = ENGINES + "test_deepspeed.py::test_two_processes_end_where_one_does[{}]"
+ZERO_NOT = ENGINES + "test_deepspeed.py::test_what_cannot_run_is_refused_with_what_can[{}]"
 FSDP = ENGINES + "test_fsdp.py::test_two_processes_end_where_one_does[{}]"
 FSDP_NOT = ENGINES + "test_fsdp_settings.py::test_settings_of_a_method[{}]"
 PACKED = ENGINES + "quantized/test_training.py::test_a_packed_base_trains_as_its_dense_twin[{}]"
@@ -53,86 +55,132 @@ def no(why: str, pattern: str = "", *names: str) -> Cell:
 
 
 UNTRIED = no("untried")
-BY_ENGINE_HEAD = ("one process", "DDP", "FSDP2")
+NO_ZEROTH = no(
+    "it has no gradients to shard", ZEROTH, ".py::test_engines_that_shard_weights_are_refused"
+)
+BY_ENGINE_HEAD = ("one process", "DDP", "ZeRO-0", "ZeRO-1, 2", "ZeRO-3", "FSDP2")
 BY_ENGINE: Table = {
     "SpIEL, `growth: gradient`": (
         yes(ONE, "spiel"),
         yes(DDP, "spiel", "spiel-accumulated"),
+        yes(ZERO, "spiel-0"),
+        yes(ZERO, "spiel-1", "spiel-2", "spiel-accumulated-2"),
+        yes(ZERO, "spiel-3"),
         yes(FSDP, "spiel", "spiel-accumulated", "spiel-few"),
     ),
     "SpIEL, `growth: momentum`": (
         yes(CUT, "momentum"),
         yes(DDP, "spiel-momentum"),
+        yes(ZERO, "spiel-momentum-0"),
+        *(no("ZeRO's flat vectors have no rows and columns for SM3", ZERO_NOT, "sm3"),) * 2,
         yes(FSDP, "spiel-momentum"),
     ),
     "SpIEL, support chosen by batches": (
         yes(CUT, "calibrated"),
         yes(DDP, "spiel-calibrated"),
+        UNTRIED,
+        yes(ZERO, "spiel-calibrated-2"),
+        UNTRIED,
         yes(FSDP, "spiel-calibrated"),
     ),
-    "S2FT": (yes(ONE, "s2ft"), yes(DDP, "s2ft"), yes(FSDP, "s2ft")),
+    "S2FT": (
+        yes(ONE, "s2ft"),
+        yes(DDP, "s2ft"),
+        UNTRIED,
+        yes(ZERO, "s2ft-2"),
+        yes(ZERO, "s2ft-3"),
+        yes(FSDP, "s2ft"),
+    ),
     "S2FT, units chosen by batches": (
         yes(S2FT, "test_calibration_chooses_before_the_first_update"),
         yes(DDP, "s2ft-activation", "s2ft-gradient"),
+        UNTRIED,
+        yes(ZERO, "s2ft-gradient-2"),
+        UNTRIED,
         yes(FSDP, "s2ft-activation"),
     ),
     "S2FT, `layout: permuted`": (
         yes(S2FT, "test_s2ft_fact09_fact26_resumed_equals_uninterrupted"),
         yes(DDP, "s2ft-gradient"),
+        UNTRIED,
+        yes(ZERO, "s2ft-gradient-2"),
+        no("no weight lies whole that could be reordered", ZERO_NOT, "permuted"),
         no("no weight lies whole that could be reordered", FSDP_NOT, "layout"),
     ),
     "S2FT, single experts": (
         yes(DDP, "s2ft-experts"),
         yes(DDP, "s2ft-experts"),
+        UNTRIED,
+        yes(ZERO, "s2ft-experts-1"),
+        no("ZeRO-3 gathers no weight that a layer reads by itself"),
         yes(FSDP, "s2ft-experts"),
     ),
-    "SoRA": (yes(ONE, "sora"), yes(DDP, "sora"), yes(FSDP, "sora", "sora-l1")),
+    "SoRA": (
+        yes(ONE, "sora"),
+        yes(DDP, "sora"),
+        UNTRIED,
+        yes(ZERO, "sora-2"),
+        yes(ZERO, "sora-3"),
+        yes(FSDP, "sora", "sora-l1"),
+    ),
     "SoRA, `compact_after`": (
         yes(TRAINING + "test_sora.py::{}", "test_every_cut_resumes_to_the_same_bits"),
-        no(
-            "gradient buckets are laid out for all ranks",
-            REFUSED, "",
-        ),
+        no("gradient buckets are laid out for all ranks", REFUSED, ""),
+        *(no("gradient buckets are laid out for all ranks", ZERO_NOT, "compaction"),) * 3,
         no("shards keep their size", FSDP_NOT, "compact_after"),
     ),
-    "SLTrain": (yes(ONE, "sltrain"), yes(DDP, "sltrain"), yes(FSDP, "sltrain")),
+    "SLTrain": (
+        yes(ONE, "sltrain"),
+        yes(DDP, "sltrain"),
+        UNTRIED,
+        yes(ZERO, "sltrain-2"),
+        yes(ZERO, "sltrain-3"),
+        yes(FSDP, "sltrain"),
+    ),
     "SLTrain, `form: pretrain`": (
         yes("tests/sft/test_pretrain.py::{}", "test_everything_trains"),
         UNTRIED,
+        UNTRIED,
+        UNTRIED,
+        no("ZeRO-3 partitions no parameter of no entries"),
         yes(FSDP, "sltrain-pretrain"),
     ),
     "SLTrain, `trainable_scale`": (
         yes(SLTRAIN, "test_interrupted_and_resumed_is_uninterrupted"),
         yes(COPIED, "sltrain-scale"),
+        UNTRIED,
+        UNTRIED,
+        UNTRIED,
         no("FSDP shards no scalar", FSDP_NOT, "trainable_scale"),
     ),
     "SLTrain, `per_layer_updates`": (
         yes(SLTRAIN, "test_fact24_per_layer_updates_are_the_ordinary_ones"),
-        no(
-            "a step in backward sees the gradients of one process",
-            REFUSED, "",
-        ),
+        no("a step in backward sees the gradients of one process", REFUSED, ""),
+        *(no("DeepSpeed steps by itself, after backward", ZERO_NOT, "per-layer"),) * 3,
         no("FSDP hands out gradients after backward", FSDP_NOT, "per_layer_updates"),
     ),
     "full": (
         yes("tests/sft/test_trainable.py::{}", "test_full_trains_the_model_itself"),
         yes(DDP, "full"),
+        UNTRIED,
+        yes(ZERO, "full-2"),
+        UNTRIED,
         yes(FSDP, "full"),
     ),
     "LoRA": (
         yes(TRAINING + "test_trainer.py::{}", "test_without_a_sparse_adapter_it_is_a_trainer"),
         yes(DDP, "lora"),
+        UNTRIED,
+        yes(ZERO, "lora-2"),
+        yes(ZERO, "lora-3"),
         yes(FSDP, "lora"),
     ),
     "zeroth order": (
         yes(ZEROTH, "_resume.py::test_a_killed_command_goes_on_in_another_process"),
         yes(ZEROTH, "_processes.py::test_z12_half_a_batch_each_is_one_process_with_the_whole"),
-        no(
-            "it perturbs whole weights",
-            ZEROTH, ".py::test_engines_that_shard_weights_are_refused",
-        ),
+        *(NO_ZEROTH,) * 4,
     ),
-}  # fmt: skip
+}
 
 BY_BASE_HEAD = ("NF4, FP4", "int8", "NF4 + DDP", "NF4 + FSDP2")
 BY_BASE: Table = {
@@ -181,7 +229,7 @@ BY_BASE: Table = {
     "zeroth order over an adapter": (
         yes(QUANTIZED, "test_forward_passes_alone_train_an_adapter_over_a_packed_base"),
         UNTRIED, UNTRIED,
-        no("it perturbs whole weights", ZEROTH, ".py::test_engines_that_shard_weights_are_refused"),
+        NO_ZEROTH,
     ),
 }  # fmt: skip
 
@@ -240,7 +288,7 @@ def page(text: str) -> str:
 def _mark(cell: Cell, reasons: list[str]) -> str:
     if not cell.why:
         return "yes"
-    if not cell.tests:
+    if cell == UNTRIED:
         return cell.why
     if cell.why not in reasons:
         reasons.append(cell.why)
