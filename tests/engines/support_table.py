@@ -96,7 +96,7 @@ BY_ENGINE: Table = {
         yes(DDP, "s2ft-activation", "s2ft-gradient"),
         UNTRIED,
         yes(ZERO, "s2ft-gradient-2"),
-        UNTRIED,
+        yes(ZERO, "s2ft-activation-3"),
         yes(FSDP, "s2ft-activation"),
     ),
     "S2FT, `layout: permuted`": (
