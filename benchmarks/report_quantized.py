@@ -8,7 +8,7 @@ LABELS = {
     "qlora": "PEFT LoRA r=16 (QLoRA)",
     "qlora_bf16": "the same, factors in bfloat16",
     "spiel": "SpIEL 1 %",
-    "spiel_int8": "SpIEL 1 %, `saved_inputs=\"int8\"`",
+    "spiel_int8": 'SpIEL 1 %, `saved_inputs="int8"`',
     "spiel_matched": "SpIEL, LoRA's number of weights",
     "s2ft": "S2FT 3 % of o and down",
     "s2ft_matched": "S2FT, LoRA's number of weights",
@@ -36,14 +36,17 @@ def section(result: dict[str, Any]) -> str:
             f"{cell.replace('x', ' x ')} tokens; the base is {base:.0f} MiB of each peak:\n",
             "| | " + " | ".join(KINDS) + " | peak | to QLoRA | to bfloat16 | time |",
             "|---" * (len(KINDS) + 5) + "|",
-            *(_row(name, kinds, found["ratio"], step) for name, kinds in found["cases"].items()),
+            *(
+                _row(name, kinds, found["ratio"], step["ratio"] if cell == step["cell"] else {})
+                for name, kinds in found["cases"].items()
+            ),
             "",
         ]
     return "\n".join(rows)
 
 
-def _row(name: str, kinds: dict[str, int], ratio: dict[str, Any], step: dict[str, Any]) -> str:
+def _row(name: str, kinds: dict[str, int], ratio: dict[str, Any], time: dict[str, float]) -> str:
     cells = [LABELS[name], *(f"{kinds[kind] / 2**20:.0f}" for kind in KINDS)]
     cells.append(f"{kinds['peak'] / 2**20:.0f}")
     cells += [f"{ratio[peer][name]:.3f}" for peer in ("qlora", "qlora_bf16")]
-    return "| " + " | ".join([*cells, f"{step['ratio'][name]:.2f}"]) + " |"
+    return "| " + " | ".join([*cells, f"{time[name]:.2f}" if time else ""]) + " |"
