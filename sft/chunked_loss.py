@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -241,6 +242,7 @@ def _plain(head: nn.Module) -> bool:
         type(head) is nn.Linear
         and "forward" not in vars(head)
         and not any(hooks)
-        and type(head.weight) is nn.Parameter
+        # a fake one stands in for a plain one when a run is planned
+        and type(head.weight) in (nn.Parameter, FakeTensor)
         and head.weight.numel() > 0
     )

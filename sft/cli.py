@@ -136,9 +136,13 @@ def plan(
     zero: Annotated[int | None, typer.Option("--zero", help="Stage of DeepSpeed's ZeRO.")] = None,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard by FSDP.")] = False,
     offload: Annotated[
-        str, typer.Option("--offload", help="To the host: optimizer, base, or optimizer,base.")
-    ] = "",
+        str | None,
+        typer.Option("--offload", help="To the host: optimizer, base, or optimizer,base."),
+    ] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens of each row.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Plan all methods as well.")
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print data alone.")] = False,
 ) -> None:
     """Tell what a run takes, before any weight is loaded: bytes by kind, seconds a step.
@@ -156,7 +160,7 @@ def plan(
 
         run(
             recipe, overrides or [], gpu=gpu, world=world, zero=zero, fsdp=fsdp, offload=offload,
-            length=length, as_json=json,
+            length=length, comparing=compare, as_json=json,
         )  # fmt: skip
 
 

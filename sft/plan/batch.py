@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
 from sft.schema import Recipe
+
+if TYPE_CHECKING:
+    from sft.data import Examples
+    from sft.encode import Encoded
 
 # rows whose text is longest are encoded, so many for each row of a batch
 ENCODED = 16
@@ -20,14 +24,12 @@ class Batch:
     Args:
         rows: of it.
         length: tokens of each row, padding included.
-        columns: positions at which some row has a label.
         labels: how many there are in all.
         source: where these numbers are from, in words.
     """
 
     rows: int
     length: int
-    columns: int
     labels: int
     source: str
 
@@ -63,35 +65,51 @@ def batch_of(recipe: Recipe, length: int | None = None) -> Batch:
 
 
 def _filled(rows: int, length: int, source: str) -> Batch:
-    return Batch(rows, length, max(1, length - 1), rows * max(1, length - 1), source)
+    return Batch(rows, length, rows * max(1, length - 1), source)
 
 
 def _from_data(recipe: Recipe, rows: int, longest: int | None) -> Batch:
     """Return the batch of the longest examples."""
     from sft.data import load_data
-    from sft.encode import encode
     from sft.models import load_tokenizer
 
     data = load_data(recipe.data, recipe.seed)
-    tokenizer = load_tokenizer(recipe.model)
-    sizes = [sum(map(_size, row.values())) for row in data.train]
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: ENCODED * rows]
-    found = [encode(data.train[i], data.format, tokenizer, longest or 10**9) for i in order]
-    found.sort(key=lambda row: -len(row.prompt) - len(row.completion))
-    chosen = found[:rows]
-    spans = [(len(row.prompt), len(row.prompt) + len(row.completion)) for row in chosen]
+    chosen = longest_rows(data, load_tokenizer(recipe.model), rows, longest)
+    spans = [(len(row.prompt), len(row.prompt) + len(row.completion)) for _, row in chosen]
     length = _padded(max(stop for _, stop in spans), recipe.training.get("pad_to_multiple_of"))
     predicted = [range(max(start - 1, 0), stop - 1) for start, stop in spans]
-    columns = len({place for part in predicted for place in part})
     labels = sum(map(len, predicted))
-    source = f"the longest of {len(sizes):,} examples"
-    return Batch(rows, length, max(1, columns), max(1, labels), source)
+    source = f"the longest of {len(data.train):,} examples"
+    return Batch(rows, length, max(1, labels), source)
+
+
+def longest_rows(
+    data: Examples, tokenizer: Any, count: int, longest: int | None
+) -> list[tuple[int, Encoded]]:
+    """Return the place and content of the examples with the most tokens, the longest first.
+
+    Of many, those of the longest text alone are encoded.
+
+    Args:
+        data: of a recipe.
+        tokenizer: of its model.
+        count: how many.
+        longest: tokens that are kept of an example, or None.
+    """
+    from sft.encode import encode
+
+    sizes = [sum(map(_size, row.values())) for row in data.train]
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: ENCODED * count]
+    found = [(i, encode(data.train[i], data.format, tokenizer, longest or 10**9)) for i in order]
+    found.sort(key=lambda pair: -len(pair[1].prompt) - len(pair[1].completion))
+    return found[:count]
 
 
 def _size(value: Any) -> int:
-    return sum(_size(part) for part in value.values()) if isinstance(value, dict) else (
-        sum(map(_size, value)) if isinstance(value, list) else len(str(value))
-    )  # fmt: skip
+    """Return the characters of a text, or of all texts in a conversation."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_size, value)) if isinstance(value, list) else len(str(value))
 
 
 def _padded(length: int, multiple: int | None) -> int:

@@ -7,13 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from sft.errors import UserError
+from sft.plan.advice import Job, advise
 from sft.plan.batch import batch_of
+from sft.plan.compare import compare
 from sft.plan.devices import device_of
-from sft.plan.placement import Placement
-from sft.plan.plan import plan
-from sft.plan.show import as_data, show_plan
-from sft.recipe import load_recipe
+from sft.plan.placement import placement_of
+from sft.plan.plan import Known, plan
+from sft.plan.read import read_recipe
+from sft.plan.show import as_data, show_advice, show_comparison, show_plan
 
 
 def run(
@@ -24,8 +25,9 @@ def run(
     world: int = 1,
     zero: int | None = None,
     fsdp: bool = False,
-    offload: str = "",
+    offload: str | None = None,
     length: int | None = None,
+    comparing: bool = True,
     as_json: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -38,32 +40,38 @@ def run(
         world: processes.
         zero: stage of DeepSpeed's ZeRO.
         fsdp: shard by FSDP.
-        offload: "optimizer", "base", or both with a comma between.
+        offload: "optimizer", "base", both with a comma between, or "": over the recipe.
         length: tokens a row.
+        comparing: plan all methods.
         as_json: print data alone.
         console: where to print.
 
     Raises:
         UserError: an option is out of range, or the recipe does not fit its model.
     """
-    recipe = load_recipe(name, overrides)
-    placement = _placement(world, zero, fsdp, offload)
     device = device_of(gpu)
+    recipe = read_recipe(name, overrides, device)
+    placement = placement_of(recipe, world, zero, fsdp, offload)
     batch = batch_of(recipe, length)
-    found = plan(recipe, batch, device, placement)
-    data = {"recipe": name, "batch": vars(batch), "plan": as_data(found)}
+    known: Known = {}
+    found = plan(recipe, batch, device, placement, known)
+    steps = advise(Job(recipe, batch, placement), found, device, known)
+    plans = compare(recipe, found, batch, device, placement, known) if comparing else {}
+    data = {
+        "recipe": name,
+        "batch": vars(batch),
+        "placement": placement.name,
+        "plan": as_data(found),
+        "advice": [{"change": s.change, "cost": s.cost, **as_data(s.plan)} for s in steps],
+        "methods": {name: as_data(other) for name, other in plans.items()},
+    }
     if as_json:
         print(json.dumps(data, indent=1))
         return data
-    show_plan(console or Console(), found, batch, placement)
+    console = console or Console()
+    show_plan(console, found, batch, placement)
+    if not found.fits:
+        show_advice(console, steps)
+    if comparing:
+        show_comparison(console, plans)
     return data
-
-
-def _placement(world: int, zero: int | None, fsdp: bool, offload: str) -> Placement:
-    if zero is not None and zero not in (0, 1, 2, 3):
-        raise UserError(f"--zero: got {zero}, allowed is 0, 1, 2 or 3")
-    if zero and fsdp:
-        raise UserError("--fsdp: got --zero as well; keep one of them")
-    engine = "fsdp" if fsdp else f"zero{zero}" if zero else None
-    parts = frozenset(part.strip() for part in offload.split(",") if part.strip())
-    return Placement(world, engine, parts)

@@ -11,7 +11,7 @@ from torch import nn
 from sft.plan.timeline import Share, Timeline
 
 # Depths of the two that stand for a deeper one: in each, first and last layer are apart.
-SHALLOW = (3, 5)
+SHALLOW = (2, 4)
 
 
 @dataclass(frozen=True)

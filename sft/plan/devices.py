@@ -106,7 +106,9 @@ def this_machine() -> Device:
     """Return the device that a run would take here: its first GPU, or the CPU as it is measured."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        known = {name for name in _TABLE if name.split("-")[0] in found.name.lower().replace(" ", "")}
+        known = {
+            name for name in _TABLE if name.split("-")[0] in found.name.lower().replace(" ", "")
+        }
         if known:
             best = min(known, key=lambda n: abs(_TABLE[n][0] * GIB - found.total_memory))
             return device_of(best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -44,7 +45,7 @@ def _outer(a: Tensor, b: Tensor, *_: Any) -> int:
     return 2 * prod(a.shape) * b.shape[-1]
 
 
-_OWN = {
+_OWN: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "sft::sampled_outer": _sampled,

@@ -21,7 +21,7 @@ Scratch = Callable[[Any, tuple[Any, ...]], int]
 Flops = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the life of every storage, and the work of every operation, while it is entered.
 
     Args:
@@ -30,7 +30,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, scratch: Scratch, flops: Flops) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.clock = 0
         self.timeline = Timeline()
         # by storage, of packed weights: what an operation unpacks them to

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from sft.arguments import build_arguments
 from sft.identity import sparse_tuner
-from sft.kernels.bias_scales import bias_tables
+from sft.optim.adamw import SparseAdamW
 from sft.plan.step import MakeOptimizer
 from sft.schema import Recipe
 from sft.trainer import method_optimizer
@@ -23,9 +23,6 @@ SMALL, BLOCK = 4096, 256
 def optimizer_maker(recipe: Recipe) -> MakeOptimizer:
     """Return what makes the optimizer of a recipe's run."""
     arguments = build_arguments(recipe.training, recipe.seed)
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    for reference in (False, True):  # kept by the process: they must be real
-        bias_tables(betas, reference, torch.device("cpu"))
 
     def make(model: nn.Module) -> Any:
         tuner = sparse_tuner(model)
@@ -36,9 +33,35 @@ def optimizer_maker(recipe: Recipe) -> MakeOptimizer:
         if chosen is None:
             chosen = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         kind, options = chosen
-        return kind(trained, **options)
+        return Aged(trained) if kind is SparseAdamW else kind(trained, **options)
 
     return make
+
+
+class Aged(torch.optim.Optimizer):
+    """Holds what SparseAdamW holds, and reads and writes as much.
+
+    It goes over entries in so small parts that none of its temporaries counts; each of them would
+    take as long here as a whole tensor.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the state where there is none, and go over it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    for key in SparseAdamW.per_entry:
+                        dtype = torch.int32 if key == "age" else torch.float32
+                        state[key] = torch.empty(parameter.shape, dtype=dtype)
+                state["age"].add_(1)
+                state["exp_avg"].lerp_(parameter.grad.float(), 0.1)
+                state["exp_avg_sq"].mul_(0.9)
+                parameter.add_(state["exp_avg"])
 
 
 class EightBit(torch.optim.Optimizer):
@@ -51,7 +74,7 @@ class EightBit(torch.optim.Optimizer):
         super().__init__(params, {})
         self._states = states
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make the state where there is none."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -27,9 +27,15 @@ def packed_weights(recipe: Recipe, model: Any) -> dict[str, int]:
         base = module.base_layer if isinstance(module, SparseLayer) else module
         plain = type(base) is nn.Linear and base is not head
         adapter = any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
-        if plain and not adapter and not _skipped(name, spec.skip_modules):
+        weight = getattr(base, "weight", None)
+        if (
+            plain
+            and isinstance(weight, Tensor)
+            and not adapter
+            and not _skipped(name, spec.skip_modules)
+        ):
             inner = f"{name}.base_layer" if base is not module else name
-            found[f"{inner}.weight"] = bytes_of(base.weight, spec)
+            found[f"{inner}.weight"] = bytes_of(weight, spec)
             base.forward = base.forward
     return found
 

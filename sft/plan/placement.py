@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from sft.errors import UserError
 from sft.plan.depth import Found
@@ -18,6 +21,7 @@ from sft.plan.timeline import (
     TRANSIENTS,
     WEIGHTS,
 )
+from sft.schema import Recipe
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 OFFLOADED = ("optimizer", "base")
@@ -49,6 +53,11 @@ class Placement:
             raise UserError(f"--offload: got {unknown[0]!r}, allowed is {allowed}")
 
     @property
+    def aside(self) -> bool:
+        """Whether weights are not here to be written to, so that layers run beside them."""
+        return self.engine in ("zero3", "fsdp") or "base" in self.offload
+
+    @property
     def name(self) -> str:
         """As shown."""
         parts = [self.engine or ("ddp" if self.world > 1 else "")]
@@ -75,24 +84,61 @@ class Placement:
             host[TRAINED] = found.held(TRAINED) // self.world
         return +host
 
-    def of_engine(self, found: Found, layer: int) -> int:
+    def of_engine(self, found: Found, gathered: int) -> int:
         """Return the bytes that the engine takes on a device for itself.
 
         Args:
             found: the step.
-            layer: bytes of the weights of one layer, the largest.
+            gathered: bytes of the weights that are whole at once.
         """
         gradients = found.most(GRADIENTS)
         taken = 0
         if self.engine in ("zero1", "zero2", "zero3"):
             taken += min(2 * BUCKET, gradients)
         elif self.engine == "fsdp":
-            taken += 2 * layer  # the layer that computes, and the next one
+            taken += gathered  # the layer that computes, and the next one
         elif self.world > 1:
             taken += gradients  # DDP's buckets
         if self.engine == "zero3" or "base" in self.offload:
-            taken += 2 * layer
+            taken += gathered
         return taken
+
+
+def placement_of(
+    recipe: Recipe, world: int, zero: int | None, fsdp: bool, offload: str | None
+) -> Placement:
+    """Return how a run is shared out: by the options, or else by the recipe's own sections.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    if zero not in (None, 0, 1, 2, 3):
+        raise UserError(f"--zero: got {zero}, allowed is 0, 1, 2 or 3")
+    if zero and fsdp:
+        raise UserError("--fsdp: got --zero as well; keep one of them")
+    stage, parts = _deepspeed(recipe.training.get("deepspeed"))
+    if recipe.offload is not None:
+        parts |= {what for what in OFFLOADED if getattr(recipe.offload, what) is not None}
+    if offload is not None:
+        parts = {part.strip() for part in offload.split(",") if part.strip()}
+    stage = stage if zero is None else zero
+    engine = "fsdp" if fsdp else f"zero{stage}" if stage else None
+    return Placement(world, engine, frozenset(parts))
+
+
+def _deepspeed(section: Any) -> tuple[int, set[str]]:
+    """Return stage and offloaded parts of a DeepSpeed configuration, inline or a file."""
+    if isinstance(section, str):
+        path = Path(section)
+        section = json.loads(path.read_text()) if path.is_file() else None
+    found = (section or {}).get("zero_optimization", {})
+    keys = {"offload_optimizer": "optimizer", "offload_param": "base"}
+    parts = {
+        what
+        for key, what in keys.items()
+        if found.get(key, {}).get("device", "none") in ("cpu", "nvme")
+    }
+    return int(found.get("stage", 0)), parts
 
 
 _SHARDED: dict[str, frozenset[str]] = {
@@ -106,8 +152,8 @@ SHOWN = (WEIGHTS, TRAINED, INDICES, ORIGINALS, OPTIMIZER, GRADIENTS, ACTIVATIONS
 assert set(SHOWN) == set(KINDS)
 
 
-def peak_on_device(found: Found, placement: Placement, layer: int) -> Counter[str]:
+def peak_on_device(found: Found, placement: Placement, gathered: int) -> Counter[str]:
     """Return the bytes at the peak on one device, by kind, the engine's own included."""
     peaks = found.peaks(placement.share)
     parts = max(peaks.values(), key=lambda part: sum(part.values()))
-    return +(parts + Counter({ENGINE: placement.of_engine(found, layer)}))
+    return +(parts + Counter({ENGINE: placement.of_engine(found, gathered)}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +72,16 @@ class Plan:
         return self.needed <= self.device.memory
 
 
-def plan(recipe: Recipe, batch: Batch, device: Device, placement: Placement) -> Plan:
+Known = dict[str, tuple[Found, tuple[int, int], int]]
+
+
+def plan(
+    recipe: Recipe,
+    batch: Batch,
+    device: Device,
+    placement: Placement,
+    known: Known | None = None,
+) -> Plan:
     """Plan the run of a resolved recipe.
 
     Args:
@@ -81,10 +89,37 @@ def plan(recipe: Recipe, batch: Batch, device: Device, placement: Placement) -> 
         batch: of one process and micro-batch.
         device: where.
         placement: how it is shared out.
+        known: steps that were run before; this one's is added.
 
     Raises:
         UserError: method and model do not fit.
     """
+    known = {} if known is None else known
+    key = _key(recipe, batch, placement.aside)
+    if key not in known:
+        known[key] = _note(recipe, batch, placement.aside)
+    found, (trained, total), gathered = known[key]
+    return Plan(
+        recipe.method["name"],
+        trained,
+        total,
+        dict(peak_on_device(found, placement, gathered)),
+        dict(placement.on_host(found)),
+        round(found.most(GRADIENTS) * placement.share(GRADIENTS)),
+        found.most(ACTIVATIONS),
+        seconds_of(found, device, half=computes_in_half(recipe)),
+        device,
+    )
+
+
+def _key(recipe: Recipe, batch: Batch, aside: bool) -> str:
+    """Name what the steps of a recipe depend on."""
+    sections = recipe.model_dump(include={"model", "method", "zeroth_order", "training"})
+    return repr((sections, batch, aside))
+
+
+def _note(recipe: Recipe, batch: Batch, aside: bool) -> tuple[Found, tuple[int, int], int]:
+    """Return the steps, the numbers of trained and of all weights, and what sharders gather."""
     method = build_method(recipe.method)
     settle_selection(method)
     config = model_config(recipe)
@@ -92,20 +127,17 @@ def plan(recipe: Recipe, batch: Batch, device: Device, placement: Placement) -> 
         model = build(recipe, method, config)
     except ValueError as error:
         raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
-    trained, total = method.counts(model)
-    layer = _largest_layer(model, config)
-    found = _found(recipe, model, config, batch)
-    return Plan(
-        recipe.method["name"],
-        trained,
-        total,
-        dict(peak_on_device(found, placement, layer)),
-        dict(placement.on_host(found)),
-        round(found.most(GRADIENTS) * placement.share(GRADIENTS)),
-        found.most(ACTIVATIONS),
-        seconds_of(found, device),
-        device,
-    )
+    counts, gathered = method.counts(model), _gathered(model, config)
+    make = stepper(recipe, model, batch, aside=aside)
+    return _found(model, config, make), counts, gathered
+
+
+def computes_in_half(recipe: Recipe) -> bool:
+    """Tell whether most products are taken in half precision."""
+    training = recipe.training
+    return bool(training.get("bf16") or training.get("fp16")) or recipe.model.dtype in (
+        "bfloat16", "float16",
+    )  # fmt: skip
 
 
 def settle_selection(method: Trainable) -> None:
@@ -118,9 +150,8 @@ def settle_selection(method: Trainable) -> None:
         method.config = dataclasses.replace(config, **given)
 
 
-def _found(recipe: Recipe, model: Any, config: Any, batch: Batch) -> Found:
+def _found(model: Any, config: Any, make: Callable[[], Timeline]) -> Found:
     """Run steps: of the whole model, or of two shallow ones if its layers are alike."""
-    make = stepper(recipe, model, batch)
     stack = equal_stack(model, config)
     if stack is None:
         depth = getattr(config, "num_hidden_layers", 1)
@@ -132,7 +163,7 @@ def _found(recipe: Recipe, model: Any, config: Any, batch: Batch) -> Found:
     return Found(tuple(timelines), SHALLOW, len(stack.layers))
 
 
-def stepper(recipe: Recipe, model: Any, batch: Batch) -> Callable[[], Timeline]:
+def stepper(recipe: Recipe, model: Any, batch: Batch, *, aside: bool) -> Callable[[], Timeline]:
     """Return what runs a step of the model as it is now."""
     arguments = build_arguments(recipe.training, recipe.seed)
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
@@ -140,8 +171,8 @@ def stepper(recipe: Recipe, model: Any, batch: Batch) -> Callable[[], Timeline]:
     run = Run(
         batch,
         max_norm=float(arguments.max_grad_norm or 0.0),
-        # of the second on, gradients of those before are there
-        micro_batches=min(2, arguments.gradient_accumulation_steps),
+        micro_batches=arguments.gradient_accumulation_steps,
+        aside=aside,
         half=half,
         packed=packed_weights(recipe, model),
         unpacked=compute_dtype(recipe, dtype).itemsize,
@@ -153,10 +184,14 @@ def stepper(recipe: Recipe, model: Any, batch: Batch) -> Callable[[], Timeline]:
     return partial(run_step, model, optimizer_maker(recipe), run)
 
 
-def _largest_layer(model: Any, config: Any) -> int:
-    """Return the bytes of the largest block of weights that is gathered at once."""
+def _gathered(model: Any, config: Any) -> int:
+    """Return the bytes of weights that sharders gather at once: two of the largest blocks."""
     stack = equal_stack(model, config)
-    blocks = [stack.layers[0]] if stack is not None else []
+    blocks = [stack.layers[0]] * 2 if stack is not None else []
     blocks += [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m]
-    sizes = Counter({id(b): sum(p.numel() * p.element_size() for p in b.parameters()) for b in blocks})
-    return max(sizes.values(), default=0)
+    sizes = {}
+    for place, block in enumerate(blocks):
+        shared = next(block.parameters(), None)  # a tied head is gathered with the embedding
+        key = place if place < 2 else id(shared)
+        sizes[key] = sum(p.numel() * p.element_size() for p in block.parameters())
+    return sum(sorted(sizes.values())[-2:])

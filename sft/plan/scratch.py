@@ -22,9 +22,9 @@ def scratch(func: Any, args: tuple[Any, ...]) -> int:
     return 0 if formula is None else formula(*args)
 
 
-def _sampled(left: Tensor, right: Tensor, indices: Tensor, pointers: Tensor, columns: Tensor) -> int:
+def _sampled(left: Tensor, right: Tensor, indices: Tensor, *view: Tensor) -> int:
     # the pattern's zeros, and a copy of its indices that the product makes
-    pattern = 4 * indices.numel() + _bytes(pointers) + _bytes(columns)
+    pattern = 4 * indices.numel() + sum(map(_bytes, view))
     return pattern + sum(_widened(x) + _turned(x) for x in (left, right))
 
 
@@ -40,7 +40,8 @@ def _product(x: Tensor, values: Tensor, indices: Tensor, *rest: Any) -> int:
     wide = 4 * x.numel()
     result = 4 * tokens * (rows if to_rows else cols)
     # two coordinates in int64 twice over, values twice, and the sorted copy of both
-    return 44 * indices.numel() + wide + result
+    total: int = 44 * indices.numel() + wide + result
+    return total
 
 
 def _kept(x: Tensor, *_: Any) -> int:

@@ -7,9 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sft.plan.advice import Step
 from sft.plan.batch import Batch
+from sft.plan.compare import RANK
 from sft.plan.placement import ENGINE, SHOWN, Placement
 from sft.plan.plan import Plan
+from sft.plan.timeline import HELD
 
 GIB, MIB = 2**30, 2**20
 
@@ -49,9 +52,10 @@ def show_plan(console: Console, plan: Plan, batch: Batch, placement: Placement) 
     for kind in (*SHOWN, ENGINE):
         if plan.device_bytes.get(kind):
             table.add_row(kind, size(plan.device_bytes[kind]))
-    table.add_row("together", size(plan.peak))
+    table.add_row("together, tensors of one process", size(plan.peak))
     if plan.needed != plan.peak:
         table.add_row("with runtime and fragments", size(plan.needed))
+    table.add_row("(kept for backward, at most", f"{size(plan.activations)})")
     for kind, count in plan.host_bytes.items():
         table.add_row(f"on the host: {kind}", size(count))
     console.print(table)
@@ -60,16 +64,33 @@ def show_plan(console: Console, plan: Plan, batch: Batch, placement: Placement) 
     console.print(f"{verdict} {plan.device.name} with {size(plan.device.memory)}{time}")
 
 
-def show_comparison(console: Console, plans: dict[str, Plan], note: str) -> None:
+def show_advice(console: Console, steps: list[Step]) -> None:
+    """Print what to change, one change on top of another."""
+    if not steps:
+        console.print("nothing that was tried makes it smaller: take a smaller model or --world")
+        return
+    table = Table(title="to make it fit, one on top of another", title_justify="left", box=None)
+    for name in ("set", "needs", "s / step", "its price", ""):
+        table.add_column(name, justify="right" if name in ("needs", "s / step") else "left")
+    for step in steps:
+        seconds = "" if step.plan.seconds is None else f"{step.plan.seconds:.3g}"
+        verdict = "fits" if step.plan.fits else "still too large"
+        table.add_row(step.change, size(step.plan.needed), seconds, step.cost, verdict)
+    console.print(table)
+
+
+def show_comparison(console: Console, plans: dict[str, Plan]) -> None:
     """Print all methods side by side."""
-    table = Table(title=note, title_justify="left")
-    for name in ("method", "trained", "held", "gradients", "activations", "peak", "s / step", ""):
-        table.add_column(name, justify="left" if name in ("method", "") else "right")
+    title = f"all methods, with as many weights as a LoRA of rank {RANK} trains"
+    table = Table(title=title, title_justify="left", box=None)
+    for name in ("method", "trains", "held", "for backward", "needs", "s / step", ""):
+        left = name in ("method", "")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for name, plan in plans.items():
-        held = sum(plan.device_bytes.get(kind, 0) for kind in SHOWN[:5])
+        held = sum(plan.device_bytes.get(kind, 0) for kind in HELD)
         seconds = "" if plan.seconds is None else f"{plan.seconds:.3g}"
         table.add_row(
-            name, f"{plan.trained:,}", size(held), size(plan.gradients), size(plan.activations),
-            size(plan.needed), seconds, "fits" if plan.fits else "too large",
+            name, f"{plan.trained / 1e6:,.2f} M", size(held), size(plan.activations),
+            size(plan.needed), seconds, "fits" if plan.fits else "no",
         )  # fmt: skip
     console.print(table)

@@ -64,6 +64,7 @@ class Run:
         half: what autocast computes in, None without.
         packed: bytes of quantised weights, by the name of the parameter.
         unpacked: bytes of an entry of theirs in a product.
+        aside: weights are not written to.
     """
 
     batch: Batch
@@ -72,6 +73,7 @@ class Run:
     half: torch.dtype | None = None
     packed: Mapping[str, int] = field(default_factory=dict)
     unpacked: int = 4
+    aside: bool = False
 
 
 def run_step(model: nn.Module, make_optimizer: MakeOptimizer, run: Run) -> Timeline:
@@ -105,7 +107,8 @@ def noting(model: nn.Module, run: Run) -> Iterator[Ledger]:
             if name in run.packed:
                 ledger.pack(parameter, run.packed[name], run.unpacked * parameter.numel())
         model.train()
-        enter_resident(model)
+        if not run.aside:
+            enter_resident(model)
         yield ledger
         leave_resident(model)
 
@@ -134,7 +137,8 @@ def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
     """Run forward, backward, optimizer, and mark their beginnings."""
     timeline, trained = ledger.timeline, _trained(model)
     begin = ledger.clock
-    for number in range(run.micro_batches):
+    # from the second on, gradients of those before are there: the others are like it
+    for number in range(min(2, run.micro_batches)):
         start, suffix = ledger.clock, f" {number + 1}" if run.micro_batches > 1 else ""
         timeline.phases.append((f"forward{suffix}", start))
         loss = planned_nll(model, run.batch, run.half)
@@ -143,11 +147,12 @@ def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
                 piece.kind = ACTIVATIONS
         middle = ledger.clock
         timeline.phases.append((f"backward{suffix}", middle))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         del loss
         # from one half to the other, gradients take the place of activations
         timeline.phases.append((f"end of backward{suffix}", (middle + ledger.clock) // 2))
         ledger.mark(GRADIENTS, [p.grad for p in trained if p.grad is not None])
+    again = [work for work in timeline.work if work.clock > start]
     timeline.phases.append(("optimizer", ledger.clock))
     if run.max_norm:
         torch.nn.utils.clip_grad_norm_(trained, run.max_norm)
@@ -156,9 +161,8 @@ def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
     sync_resident(model)
     timeline.phases.append(("", ledger.clock + 1))
     timeline.keep_from(begin)
+    timeline.work += again * max(0, run.micro_batches - 2)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-

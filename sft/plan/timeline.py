@@ -80,7 +80,9 @@ class Timeline:
     def held(self, kind: str) -> int:
         """Return the bytes of a kind that live through the whole step."""
         first, last = self.phases[0][1], self.phases[-1][1]
-        return sum(p.size for p in self.pieces if p.kind == kind and p.born <= first < last <= p.died)
+        return sum(
+            p.size for p in self.pieces if p.kind == kind and p.born <= first < last <= p.died
+        )
 
     def most(self, kind: str) -> int:
         """Return the most bytes of a kind that live at once."""
