@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from sft.engines.engine import Engine
 from sft.engines.masters import is_value
 from sft.engines.optimizer_state import OptimizerState, named, names_of
+from sft.engines.schedule_state import with_empty, without_empty
 
 STATE = "sft_optimizer.safetensors"
 
@@ -29,7 +30,8 @@ def save_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
     if trainer.args.should_save:
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, folder / STATE, metadata={"format": "pt"})
-        torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        schedule = without_empty(trainer.lr_scheduler.state_dict(), engine.groups())
+        torch.save(schedule, folder / SCHEDULER_NAME)
 
 
 def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
@@ -38,12 +40,14 @@ def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
     Raises:
         ValueError: it holds neither our state nor a plain optimizer's.
     """
-    names = names_of(trainer.model)
+    names, groups = names_of(trainer.model), engine.groups()
+    saved_groups: list[list[int]] = []  # ours has no entries for empty groups
     if (folder / STATE).is_file():
         tensors = safetensors.torch.load_file(folder / STATE)
     elif (folder / OPTIMIZER_NAME).is_file():
         saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        tensors = named(saved, engine.groups(), names)
+        tensors = named(saved, groups, names)
+        saved_groups = [group["params"] for group in saved["param_groups"]]
     else:
         raise ValueError(
             f"resume_from_checkpoint: {folder} holds no {STATE} and no {OPTIMIZER_NAME}; resume "
@@ -55,7 +59,9 @@ def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
         kept = {name: tensor for name, tensor in tensors.items() if not is_value(name)}
         OptimizerState(engine.stock).scatter(names, kept)
     schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-    trainer.lr_scheduler.load_state_dict(schedule)
+    schedule = without_empty(schedule, saved_groups)
+    own = trainer.lr_scheduler.state_dict()
+    trainer.lr_scheduler.load_state_dict(with_empty(schedule, groups, own))
 
 
 def saved_values(folder: Path) -> dict[str, Tensor]:

@@ -134,7 +134,7 @@ def _check_partitioned(tuner: SparseTuner) -> None:
         calibration = tuner.calibration(name)
         if calibration is not None and calibration.backward:
             raise ValueError(
-                f"selection: got {tuner.peft_config[name].selection!r} under ZeRO-3, which takes no "
+                f"selection: got {tuner.peft_config[name].selection!r} under ZeRO-3, that takes no "
                 "backward pass beside training's; set stage 2, or a selection without gradients"
             )
     if any(_settings(tuner, "l1")):
