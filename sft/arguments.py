@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sft.deepspeed_section import prepare_processes, resolve_deepspeed
 from sft.errors import one_line
 from sft.fields import check_fields
 from sft.processes import count
@@ -26,6 +27,10 @@ def resolve_training(recipe: Recipe, source: Source, name: str) -> dict[str, Any
         raise source.error(f"training.{key}", f"is set by {where.get(key, 'the `model` section')}")
     check_fields(source, "training", SFTConfig, recipe.training)
     resolved = {"output_dir": f"runs/{name}"} | machine_defaults() | recipe.training
+    if resolved.get("deepspeed"):
+        resolved["deepspeed"] = resolve_deepspeed(resolved["deepspeed"], source)
+        if not torch.accelerator.is_available():
+            resolved.setdefault("use_cpu", True)
     if recipe.training.get("gradient_checkpointing") is not None:  # the old name is in use
         resolved.pop("activation_checkpointing", None)
     try:
@@ -56,11 +61,21 @@ def machine_defaults() -> dict[str, Any]:
     }
 
 
-def build_arguments(training: dict[str, Any], seed: int) -> Any:
-    """Build the SFTConfig of a resolved `training:` section."""
+def build_arguments(training: dict[str, Any], seed: int, *, runs: bool = False) -> Any:
+    """Build the SFTConfig of a resolved `training:` section.
+
+    Args:
+        training: the section.
+        seed: of the recipe.
+        runs: a run follows. DeepSpeed is else left out: it would start processes to be asked.
+    """
     from trl import SFTConfig
 
     given = dict(training)
+    if given.get("deepspeed") and runs:
+        prepare_processes()
+    elif not runs:
+        given.pop("deepspeed", None)
     if given.get("resume_from_checkpoint") == "auto":
         given["resume_from_checkpoint"] = None  # run.py looks for a checkpoint itself
     return SFTConfig(**given, seed=seed, disable_tqdm=True)

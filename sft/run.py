@@ -239,7 +239,7 @@ def _build_trainer(
     from sft.offload.config import OffloadConfig
     from sft.supervised import SparseSFTTrainer
 
-    arguments = build_arguments(recipe.training, recipe.seed)
+    arguments = build_arguments(recipe.training, recipe.seed, runs=True)
     config = build_zeroth_order(recipe.zeroth_order)
     datasets.disable_progress_bars()
     trainer = SparseSFTTrainer(
