@@ -35,7 +35,7 @@ def resolve_deepspeed(given: Any, source: Source) -> dict[str, Any]:
         RecipeError: the file or the stage is missing, or a key of zero_optimization is unknown.
     """
     config = dict(_read(given, source) if isinstance(given, str) else given)
-    zero = config.get("zero_optimization")
+    zero: Any = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in STAGES or isinstance(stage, bool):
         found = "is missing" if stage is None else f"got {stage!r}"
