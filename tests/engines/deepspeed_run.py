@@ -26,6 +26,10 @@ def load(path: Path) -> Any:
 cases = load(HERE / "ddp_cases.py")
 laboratory = load(HERE.parent / "sft" / "training" / "conftest.py")
 
+# an optimizer that DeepSpeed makes
+ADAM = ("lr", "betas", "eps", "weight_decay")
+CONFIGURED = {"type": "AdamW", "params": {"torch_adam": True, **dict.fromkeys(ADAM, "auto")}}
+
 # by name of a run: the model, the stage of ZeRO, and what else is set
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     **{f"{name}-2": (name, 2, {}) for name in
@@ -35,6 +39,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "spiel-0": ("spiel", 0, {}),
     "spiel-momentum-0": ("spiel-momentum", 0, {}),
     "spiel-1": ("spiel", 1, {}),
+    "s2ft-configured-2": ("s2ft", 2, {"conf": {"optimizer": CONFIGURED}}),
     "s2ft-activation-3": ("s2ft-activation", 3, {}),
     "s2ft-experts-1": ("s2ft-experts", 1, {}),
 }  # fmt: skip

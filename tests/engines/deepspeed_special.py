@@ -90,6 +90,18 @@ def offloaded(lab: Any) -> dict[str, Any]:
     return found
 
 
+STOCK = ("SpielConfig", {"density": 0.1, "reselect_every": 3, "window": 2, "optimizer": "trainer"})
+
+
+def native(lab: Any) -> dict[str, Any]:
+    """Let DeepSpeed's Adam step what is offloaded; it is compiled when it first does."""
+    method, settings = STOCK
+    runs().cases.MODELS["native"] = (runs().cases.peft(method, **settings), {})
+    conf = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": True}
+    trainer = trained(lab, "native", 2, "native", conf=conf)
+    return {"steps": type(trainer.optimizer.optimizer.optimizer).__name__}
+
+
 def partitioned_base(lab: Any) -> dict[str, Any]:
     """Put adapters on a base that was partitioned while it was loaded."""
     import torch
@@ -172,6 +184,7 @@ SPECIAL = {
     "best": best,
     "half": half,
     "offloaded": offloaded,
+    "native": native,
     "partitioned-base": partitioned_base,
     "refused": refused,
 }

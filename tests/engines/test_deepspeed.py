@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def launch(folder: Path, processes: int, names: list[str]) -> list[dict[str, Any
         *(str(HERE / "deepspeed_run.py"), str(folder), *names),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment)
     told = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
     assert done.returncode == 0, "\n".join(told[-60:]) or done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
@@ -216,7 +217,7 @@ REFUSALS = {
     "pooled": "allocation: got 'pooled'",
     "l1": "l1: its term of the loss",
     "nvme": "deepspeed.zero_optimization.offload_optimizer.device: got 'nvme'",
-    "eight-bit": "optim: got AdamW8bit under ZeRO",
+    "eight-bit": "optim: got bitsandbytes' AdamW under ZeRO",
 }
 
 
@@ -232,3 +233,14 @@ def test_all_processes_find_the_same(sharded) -> None:
     for name in worker.RUNS:
         for key in ("losses", "replaced"):
             assert sharded.ranks[0][name][key] == sharded.ranks[1][name][key], name
+
+
+@pytest.mark.engines
+def test_deepspeeds_own_adam_steps_and_moves_with_a_support(alone, tmp_path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed's Adam is compiled by g++, which is not here")
+    (found,) = launch(tmp_path, 1, ["native"])
+    assert found["native"]["steps"] == "DeepSpeedCPUAdam"
+    method, settings = sys.modules["deepspeed_special"].STOCK
+    worker.cases.MODELS["native"] = (worker.cases.peft(method, **settings), {})
+    assert_close(saved(tmp_path, "native"), saved(alone("native").folder, "native"))
