@@ -66,8 +66,8 @@ def check_sharded(tuner: SparseTuner, stock: Any) -> None:
     check_stepping(tuner)
     if type(stock).__module__.startswith("bitsandbytes"):
         raise ValueError(
-            f"optim: got bitsandbytes' {type(stock).__name__} under ZeRO, whose flat vectors mix blocks of "
-            "several parameters; set optim=adamw_torch: ZeRO shards its state"
+            f"optim: got bitsandbytes' {type(stock).__name__} under ZeRO, whose flat vectors mix "
+            "blocks of several parameters; set optim=adamw_torch: ZeRO shards its state"
         )
 
 
