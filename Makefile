@@ -57,6 +57,7 @@ bench: env  ## measure methods, peers and kernels side by side (about 25 minutes
 	@$(PHASE) crossover $(BIN)/python benchmarks/crossover.py
 	@$(PHASE) kernels $(BIN)/python benchmarks/kernel_costs.py
 	@$(PHASE) imports $(BIN)/python benchmarks/imports.py
+	@$(PHASE) plans $(BIN)/python benchmarks/plan.py
 	@$(BIN)/python benchmarks/report.py
 
 bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and write docs

@@ -50,10 +50,13 @@ from sft.trainable import build_method
 UPDATES = 4
 # name -> settings over the recipe, of cases that are no method of their own
 MORE = {
-    "spiel, always in a window": ["method.reselect_every=2", "method.window=2"],
+    "spiel, reselecting": [
+        "method.reselect_every=1",
+        "method.window=1",
+        "method.stop_fraction=1",
+    ],
     "spiel, inputs kept in int8": ["method.saved_inputs=int8"],
     "spiel, activation checkpointing": ["training.gradient_checkpointing=true"],
-    "spiel, two micro-batches": ["training.gradient_accumulation_steps=2"],
 }
 CASES = (OWN, *METHODS, *MORE, "sltrain from scratch")
 

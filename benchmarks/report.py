@@ -16,12 +16,14 @@ import method_results
 import plots
 import report_methods
 import report_performance
+import report_plan
 import report_quantized
 import report_saved_inputs
 import report_zeroth_order
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/benchmarks.md"
+PLAN = HERE.parent / "docs/plan.md"
 PERFORMANCE = HERE.parent / "docs/performance.md"
 README = HERE.parent / "README.md"
 START, END = "<!-- from benchmarks/report.py -->\n", "<!-- end -->"
@@ -236,7 +238,7 @@ SECTIONS = {
 
 def results() -> dict[str, dict[str, Any]]:
     """Return the results on disk by benchmark."""
-    paths = {name: HERE / "results" / f"{name}.json" for name in (*SECTIONS, "kernels")}
+    paths = {name: HERE / "results" / f"{name}.json" for name in (*SECTIONS, "kernels", "plan")}
     return {n: json.loads(path.read_text()) for n, path in paths.items() if path.is_file()}
 
 
@@ -282,8 +284,10 @@ def readme() -> str:
 
 def pages() -> dict[Path, str]:
     """Return what each page must hold."""
-    performance = report_performance.page(method_results.read(), results())
-    return {PAGE: page(), PERFORMANCE: performance, README: readme()}
+    found = results()
+    performance = report_performance.page(method_results.read(), found)
+    plan = {PLAN: report_plan.page(PLAN.read_text(), found["plan"])} if "plan" in found else {}
+    return {PAGE: page(), PERFORMANCE: performance, README: readme(), **plan}
 
 
 def main() -> None:

@@ -35,6 +35,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
         # by storage, of packed weights: what an operation unpacks them to
         self.unpacked: dict[int, int] = {}
+        # while gradients are made: sums of two, what they add to, and their outputs
+        self.backward = False
+        self._sums: list[tuple[Piece, Piece]] = []
         self._known: dict[int, Piece] = {}
         self._scratch, self._flops = scratch, flops
 
@@ -56,6 +59,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
             if storage._cdata not in given:
                 made += self._add(storage, tensor.is_floating_point())
+        if made and self.backward and func is torch.ops.aten.add.Tensor:
+            self._note_sum(args[0])
         spike = self._scratch(func, args) + self._unpacks(func, args)
         if spike:
             self.timeline.spikes[self.clock] = spike
@@ -65,6 +70,21 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 Work(self.clock, self._flops(func, args, kwargs, found), read + made)
             )
         return found
+
+    def _note_sum(self, first: Tensor) -> None:
+        piece = self._known.get(first.untyped_storage()._cdata)
+        if piece is not None and first.is_contiguous():
+            self._sums.append((piece, self.timeline.pieces[-1]))
+
+    def join_sums(self) -> None:
+        """Let sums of gradients take the place of their first part, where that ends with them.
+
+        Autograd adds up in place what nobody else holds, but not what is no plain tensor.
+        """
+        for first, total in self._sums:
+            if first.died == total.born + 1:
+                first.died = total.born
+        self._sums.clear()
 
     def _unpacks(self, func: Any, args: tuple[Any, ...]) -> int:
         if not self.unpacked or func._opname not in ("mm", "addmm"):

@@ -14,7 +14,7 @@ from sft.plan.batch import Batch
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """Return what a collator gives: ids and mask."""
+    """Return what a collator gives: ids, and a mask, which counts as one of padded rows."""
     shape = (batch.rows, batch.length)
     return {
         "input_ids": torch.zeros(shape, dtype=torch.int64),

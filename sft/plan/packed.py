@@ -26,22 +26,19 @@ def packed_weights(recipe: Recipe, model: Any) -> dict[str, int]:
     for name, module in model.named_modules():
         base = module.base_layer if isinstance(module, SparseLayer) else module
         plain = type(base) is nn.Linear and base is not head
-        adapter = any(part.startswith(("lora_", "modules_to_save")) for part in name.split("."))
         weight = getattr(base, "weight", None)
-        if (
-            plain
-            and isinstance(weight, Tensor)
-            and not adapter
-            and not _skipped(name, spec.skip_modules)
-        ):
+        if plain and isinstance(weight, Tensor) and not _left_out(name, spec.skip_modules):
             inner = f"{name}.base_layer" if base is not module else name
             found[f"{inner}.weight"] = bytes_of(weight, spec)
             base.forward = base.forward
     return found
 
 
-def _skipped(name: str, skipped: list[str]) -> bool:
-    return any(part in name.split(".") or name.endswith(part) for part in skipped)
+def _left_out(name: str, skipped: list[str]) -> bool:
+    """Whether a module is an adapter's, or one that the recipe leaves as it is."""
+    parts = name.split(".")
+    adapter = any(part.startswith(("lora_", "modules_to_save")) for part in parts)
+    return adapter or any(part in parts or name.endswith(part) for part in skipped)
 
 
 def bytes_of(weight: Tensor, spec: QuantizationSpec) -> int:

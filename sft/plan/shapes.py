@@ -35,6 +35,7 @@ def build(recipe: Recipe, method: Trainable, config: Any) -> Any:
         from sft.pretrain import pretrain_model, train_dense
 
         model: Any = pretrain_model(config, method.config, dtype=dtype, device="meta")
+        model.get_base_model().tie_weights()
         train_dense(model)
         return model
     with torch.device("meta"):

@@ -147,8 +147,11 @@ def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
                 piece.kind = ACTIVATIONS
         middle = ledger.clock
         timeline.phases.append((f"backward{suffix}", middle))
+        ledger.backward = True
         loss.backward()  # type: ignore[no-untyped-call]
+        ledger.backward = False
         del loss
+        ledger.join_sums()
         # from one half to the other, gradients take the place of activations
         timeline.phases.append((f"end of backward{suffix}", (middle + ledger.clock) // 2))
         ledger.mark(GRADIENTS, [p.grad for p in trained if p.grad is not None])
