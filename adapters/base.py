@@ -19,8 +19,8 @@ from sft.adapters.geometry import Kind, layer_kind, stored_weight
 from sft.adapters.layer import BASE, SparseLayer
 from sft.adapters.loading import check_adapter_file
 from sft.adapters.packing import pack_supports, unpack_supports
-from sft.adapters.shapes import on_meta
 from sft.adapters.quantized import check_unpacks, keep_packed
+from sft.adapters.shapes import on_meta
 
 Owners = dict[int, list[tuple[str, nn.Module]]]
 
