@@ -168,13 +168,14 @@ def stepper(recipe: Recipe, model: Any, batch: Batch, *, aside: bool) -> Callabl
     arguments = build_arguments(recipe.training, recipe.seed)
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     dtype = half or next(model.parameters()).dtype
+    packed = packed_weights(recipe, model)
     run = Run(
         batch,
         max_norm=float(arguments.max_grad_norm or 0.0),
         micro_batches=arguments.gradient_accumulation_steps,
-        aside=aside,
+        aside=aside or bool(packed),
         half=half,
-        packed=packed_weights(recipe, model),
+        packed=packed,
         unpacked=compute_dtype(recipe, dtype).itemsize,
     )
     if recipe.zeroth_order is not None:
