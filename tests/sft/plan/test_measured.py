@@ -89,6 +89,16 @@ def test_a_deep_model_is_planned_by_shallow_ones(plan_recipe, monkeypatch):
     assert shallow.trained == whole.trained
 
 
+def test_from_scratch_a_tied_head_is_counted_once(plan_file):
+    from sft.recipe import load_recipe
+
+    method = "method={name: sltrain, form: pretrain, r: 8, density: 0.02}"
+    recipe = load_recipe(plan_file, [method, "model.config={}"])
+    made = build_method(recipe.method)
+    trained, _ = made.counts(made.attach(None, recipe.model))
+    assert plan(recipe, batch_of(recipe), DEVICE, Placement()).trained == trained
+
+
 def test_nothing_that_lasts_is_left_without_content(plan_recipe):
     from torch._subclasses.fake_tensor import FakeTensor
 

@@ -36,6 +36,19 @@ def test_a_ledger_notes_births_deaths_scratch_and_arithmetic():
     assert copy.shape == (10, 20)
 
 
+def test_sums_of_gradients_take_the_place_of_their_first_part():
+    ledger = Ledger(lambda func, args: 0, flops)
+    with faking(), ledger:
+        total, other = torch.empty(10), torch.empty(10)
+        ledger.backward = True
+        total = total + other
+        ledger.backward = False
+        ledger.join_sums()
+        ledger.timeline.phases += [("all", 0), ("", ledger.clock + 1)]
+        assert sum(ledger.timeline.peaks()["all"].values()) == 2 * 40
+    assert total.shape == (10,)
+
+
 def test_a_peak_moves_when_a_kind_is_shared_out():
     pieces = [
         Piece(100, 0, True, kind=OPTIMIZER),
