@@ -22,6 +22,20 @@ def size(count: int) -> str:
     return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / MIB:,.1f} MiB"
 
 
+def short(count: float, units: tuple[str, ...], step: int) -> str:
+    """Return a number in three digits, in the unit that fits: narrow columns hold it."""
+    power = 0
+    while count >= step and power < len(units) - 1:
+        count, power = count / step, power + 1
+    digits = 0 if count >= 100 else 1 if count >= 10 else 2
+    return f"{count:,.{digits}f} {units[power]}"
+
+
+def short_size(count: int) -> str:
+    """Return bytes in three digits."""
+    return short(count / MIB, ("MiB", "GiB", "TiB"), 1024)
+
+
 def as_data(plan: Plan) -> dict[str, Any]:
     """Return a plan as plain values."""
     return {
@@ -71,11 +85,12 @@ def show_advice(console: Console, steps: list[Step]) -> None:
         return
     table = Table(title="to make it fit, one on top of another", title_justify="left", box=None)
     for name in ("set", "needs", "s / step", "its price", ""):
-        table.add_column(name, justify="right" if name in ("needs", "s / step") else "left")
+        right = name in ("needs", "s / step")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
     for step in steps:
         seconds = "" if step.plan.seconds is None else f"{step.plan.seconds:.3g}"
         verdict = "fits" if step.plan.fits else "still too large"
-        table.add_row(step.change, size(step.plan.needed), seconds, step.cost, verdict)
+        table.add_row(step.change, short_size(step.plan.needed), seconds, step.cost, verdict)
     console.print(table)
 
 
@@ -90,7 +105,8 @@ def show_comparison(console: Console, plans: dict[str, Plan]) -> None:
         held = sum(plan.device_bytes.get(kind, 0) for kind in HELD)
         seconds = "" if plan.seconds is None else f"{plan.seconds:.3g}"
         table.add_row(
-            name, f"{plan.trained / 1e6:,.2f} M", size(held), size(plan.activations),
-            size(plan.needed), seconds, "fits" if plan.fits else "no",
+            name, short(plan.trained / 1e6, ("M", "B"), 1000), short_size(held),
+            short_size(plan.activations), short_size(plan.needed), seconds,
+            "fits" if plan.fits else "no",
         )  # fmt: skip
     console.print(table)
