@@ -72,7 +72,7 @@ class Placement:
             return 0.0
         return 1 / self.world if kind in _SHARDED[self.engine or "ddp"] else 1.0
 
-    def on_host(self, found: Found) -> Counter[str]:
+    def on_host(self, found: Found, trained: int) -> Counter[str]:
         """Return the bytes in the host's memory for each process, by kind."""
         host: Counter[str] = Counter()
         sharded = _SHARDED[self.engine or "ddp"]
@@ -81,18 +81,31 @@ class Placement:
                 host[kind] = found.held(kind) // (self.world if kind in sharded else 1)
         if "optimizer" in self.offload and self.engine in ("zero1", "zero2", "zero3"):
             host[GRADIENTS] = found.most(GRADIENTS) // self.world
-            host[TRAINED] = found.held(TRAINED) // self.world
+            host[TRAINED] = self.masters(found, trained)
         return +host
 
-    def of_engine(self, found: Found, gathered: int) -> int:
+    def masters(self, found: Found, trained: int) -> int:
+        """Return the bytes of ZeRO's float32 copies of trained weights, and moments as wide.
+
+        Args:
+            found: the step.
+            trained: number of trained weights.
+        """
+        if self.engine not in ("zero1", "zero2", "zero3"):
+            return 0
+        halves = found.held(TRAINED) < 3 * trained  # stepped as they are, moments would be halves
+        return (4 * trained + halves * found.held(OPTIMIZER)) // self.world
+
+    def of_engine(self, found: Found, gathered: int, trained: int) -> int:
         """Return the bytes that the engine takes on a device for itself.
 
         Args:
             found: the step.
             gathered: bytes of the weights that are whole at once.
+            trained: number of trained weights.
         """
         gradients = found.most(GRADIENTS)
-        taken = 0
+        taken = 0 if "optimizer" in self.offload else self.masters(found, trained)
         if self.engine in ("zero1", "zero2", "zero3"):
             taken += min(2 * BUCKET, gradients)
         elif self.engine == "fsdp":
@@ -152,8 +165,8 @@ SHOWN = (WEIGHTS, TRAINED, INDICES, ORIGINALS, OPTIMIZER, GRADIENTS, ACTIVATIONS
 assert set(SHOWN) == set(KINDS)
 
 
-def peak_on_device(found: Found, placement: Placement, gathered: int) -> Counter[str]:
+def peak_on_device(found: Found, placement: Placement, gathered: int, trained: int) -> Counter[str]:
     """Return the bytes at the peak on one device, by kind, the engine's own included."""
     peaks = found.peaks(placement.share)
     parts = max(peaks.values(), key=lambda part: sum(part.values()))
-    return +(parts + Counter({ENGINE: placement.of_engine(found, gathered)}))
+    return +(parts + Counter({ENGINE: placement.of_engine(found, gathered, trained)}))

@@ -76,3 +76,28 @@ def test_a_mistake_is_one_line(plan_file):
     found = run(plan_file, "--gpu", "h1000")
     assert found.exit_code == 2
     assert found.stderr.startswith("sft: --gpu: got 'h1000'")
+
+
+def test_a_model_of_70_billion_weights_is_planned_from_its_configuration(tmp_path, plan_file):
+    """A folder that holds no weight at all."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
+        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    settings = [f"model.name={tmp_path}", "model.dtype=bfloat16", "--length", 64]
+    plan = as_json(plan_file, ALONE, "--gpu", "400GB", *settings)["plan"]
+    assert plan["total"] == 70_553_706_496
+    assert plan["bytes"]["weights"] >= 2 * (plan["total"] - plan["trained"])
+
+
+def test_zero_keeps_trained_halves_in_float32_too(plan_file):
+    """DeepSpeed steps a copy of four bytes a weight, with two moments as wide."""
+    settings = ["method={name: full}", "model.dtype=bfloat16", "--length", 16]
+    alone = as_json(plan_file, ALONE, *settings)["plan"]
+    shared = as_json(plan_file, ALONE, *settings, "--world", 2, "--zero", 1)["plan"]
+    states = alone["bytes"]["optimizer"]
+    assert states == pytest.approx(2 * 2 * alone["trained"], rel=0.01)
+    assert shared["bytes"]["optimizer"] == pytest.approx(states / 2, rel=0.01)
+    assert shared["bytes"]["engine"] >= (4 * alone["trained"] + states) / 2
