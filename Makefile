@@ -65,6 +65,8 @@ bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and wri
 	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
 	@$(PHASE) "kept inputs" $(BIN)/python benchmarks/saved_inputs.py
 	@$(PHASE) "zeroth-order step" $(BIN)/python benchmarks/zeroth_order_step.py
+	@$(PHASE) "bases in 4 bits" $(BIN)/python benchmarks/quantized.py
+	@$(PHASE) memory $(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/report.py
 
 clean:  ## remove caches and build products, keep .venv and runs

@@ -36,12 +36,24 @@ def peak_bytes(run: Callable[[], object], *, warm_up: bool = True) -> int:
     return counter.peak
 
 
+def peak_and_largest_bytes(run: Callable[[], object]) -> tuple[int, int]:
+    """Return the most bytes of torch's that were alive at once, and those of the largest tensor.
+
+    Args:
+        run: allocates what is counted; runs once.
+    """
+    counter = _Counter()
+    with counter:
+        run()
+    return counter.peak, counter.largest
+
+
 class _Counter(TorchDispatchMode):
     """Adds up storages from their first tensor to their end."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.peak = 0, 0
+        self.live, self.peak, self.largest = 0, 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -60,6 +72,7 @@ class _Counter(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.live += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
             weakref.finalize(storage, self._remove, key, storage.nbytes())
 
     def _remove(self, key: int, size: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import method_results
 import plots
+import report_memory
 import report_methods
 import report_performance
 import report_plan
@@ -24,6 +25,7 @@ import report_zeroth_order
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs/benchmarks.md"
 PLAN = HERE.parent / "docs/plan.md"
+MEMORY = HERE.parent / "docs/memory.md"
 PERFORMANCE = HERE.parent / "docs/performance.md"
 README = HERE.parent / "README.md"
 START, END = "<!-- from benchmarks/report.py -->\n", "<!-- end -->"
@@ -238,7 +240,8 @@ SECTIONS = {
 
 def results() -> dict[str, dict[str, Any]]:
     """Return the results on disk by benchmark."""
-    paths = {name: HERE / "results" / f"{name}.json" for name in (*SECTIONS, "kernels", "plan")}
+    names = (*SECTIONS, "kernels", "plan", "memory")
+    paths = {name: HERE / "results" / f"{name}.json" for name in names}
     return {n: json.loads(path.read_text()) for n, path in paths.items() if path.is_file()}
 
 
@@ -287,7 +290,12 @@ def pages() -> dict[Path, str]:
     found = results()
     performance = report_performance.page(method_results.read(), found)
     plan = {PLAN: report_plan.page(PLAN.read_text(), found["plan"])} if "plan" in found else {}
-    return {PAGE: page(), PERFORMANCE: performance, README: readme(), **plan}
+    memory = (
+        {MEMORY: report_memory.page(MEMORY.read_text(), found["memory"])}
+        if "memory" in found
+        else {}
+    )
+    return {PAGE: page(), PERFORMANCE: performance, README: readme(), **plan, **memory}
 
 
 def main() -> None:

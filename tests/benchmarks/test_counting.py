@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocations import peak_bytes, storages
+from allocations import peak_and_largest_bytes, peak_bytes, storages
 from census import held_bytes
 from clock import Clock
 from rounds import interleave
@@ -105,6 +105,7 @@ def test_a_peak_counts_what_lives_at_once() -> None:
 
     assert 800_000 <= peak_bytes(run) < 900_000
     assert 800_000 <= peak_bytes(run, warm_up=False) < 900_000
+    assert peak_and_largest_bytes(run) == (800_000, 400_000)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
