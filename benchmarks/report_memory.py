@@ -59,9 +59,10 @@ def _runs(found: dict[str, Any]) -> str:
     rows = [
         f"Training a Llama of {model['layers']} layers, {model['width']} wide, with "
         f"{runs['memory']['weight_bytes'] / MIB:.0f} MiB of float32 weights, by SpIEL on {batch} x "
-        f"{length} tokens, one process each. Files are read just after they were written, so mostly "
-        "from the page cache; with a base on disk layers run aside, which is part of its time. MiB "
-        f"are the peak of the process's anonymous memory, then what of it is above a run of next to no model, {floor / MIB:.0f}.\n",
+        f"{length} tokens, one process each. Files are read just after they were written, so "
+        "mostly from the page cache; with a base on disk layers run aside, which is part of its "
+        "time. MiB are the peak of the process's anonymous memory, then what of it is above a run "
+        f"of next to no model, {floor / MIB:.0f}.\n",
         "| frozen weights | peak | above | step, to in memory |",
         "|---" * 4 + "|",
     ]
