@@ -30,7 +30,7 @@ from sft.identity import (
     warn_of_changes,
 )
 from sft.kernels.library import implementation
-from sft.recompute import Floor, check_checkpoints
+from sft.recompute import Floor, warn_of_checkpoints
 from sft.stages import check_staged, keep_stage, stage_ends
 from sft.updates import without_updates
 
@@ -99,8 +99,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         engine = self._engine = self.engine or stock_engine(args, optimizer)
         check_processes(running, engine.ranks)
         engine.check(tuner)
-        if engine.name != "deepspeed":
-            check_checkpoints(model)
+        warn_of_checkpoints(model)
         _check_accumulators(any(d.reads_accumulators for d in running), engine)
         self._ends = stage_ends(tuner, state.max_steps)
         check_staged(kwargs.get("lr_scheduler"), self._ends)

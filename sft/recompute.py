@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 class Floor:
@@ -39,18 +42,13 @@ class Floor:
             self._hooks.pop().remove()
 
 
-def check_checkpoints(model: nn.Module) -> None:
-    """Raise on checkpoints that recompute every layer.
-
-    Raises:
-        ValueError: they are reentrant.
-    """
-    for module in _checkpointed(model):
-        if _reentrant(module):
-            raise ValueError(
-                "gradient_checkpointing_kwargs: got use_reentrant=True, which recomputes every "
-                "layer, trained or not; leave it out, or set it to False"
-            )
+def warn_of_checkpoints(model: nn.Module) -> None:
+    """Say so if checkpoints are of the kind that recomputes every layer."""
+    if any(_reentrant(module) for module in _checkpointed(model)):
+        logger.warning(
+            "gradient_checkpointing_kwargs: use_reentrant=True recomputes every layer, trained or "
+            "not; set it to False to recompute from the lowest trained one upwards"
+        )
 
 
 def _reentrant(module: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -166,8 +168,12 @@ def test_resident_weights_are_the_same_when_recomputed(tmp_path) -> None:
     assert seen[::2] == seen[1::2] and len(set(seen)) == 4
 
 
-def test_reentrant_checkpoints_are_refused(tmp_path) -> None:
+def test_reentrant_checkpoints_are_told_what_they_cost(tmp_path, caplog) -> None:
     adapted = model()
-    run = trainer(tmp_path, adapted, kwargs={"use_reentrant": True})
-    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs: got use_reentrant=True"):
-        run.train()
+    with caplog.at_level(logging.WARNING, "sft.recompute"):
+        trainer(tmp_path, adapted, kwargs={"use_reentrant": True}).train()
+    assert "use_reentrant=True recomputes every layer" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sft.recompute"):
+        trainer(tmp_path, model()).train()
+    assert not caplog.records
