@@ -97,15 +97,31 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("name", list(worker.RUNS))
-def test_two_processes_end_where_one_does(sharded, alone, name) -> None:
-    model, found = worker.RUNS[name][0], sharded.found[name]
-    wanted = alone(model)
+def assert_ends_alike(model: str, name: str, sharded: Any, alone: Any) -> None:
+    found, wanted = sharded.found[name], alone(model)
     file = "model.safetensors" if model == "full" else "adapter_model.safetensors"
     assert_close(saved(sharded.folder, name, file), saved(wanted.folder, model, file))
     assert found["losses"] == pytest.approx(wanted.losses, abs=1e-5)
     assert found["replaced"] == {str(step): n for step, n in wanted.replaced.items()}
     assert found["processes"] == 2
+
+
+@pytest.mark.parametrize("name", list(worker.RUNS))
+def test_two_processes_end_where_one_does(sharded, alone, name) -> None:
+    assert_ends_alike(worker.RUNS[name][0], name, sharded, alone)
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory) -> Any:
+    """What two processes found in the cases that are left."""
+    folder = tmp_path_factory.mktemp("further")
+    return SimpleNamespace(folder=folder, found=launch(folder, 2, [*worker.FURTHER])[0])
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", list(worker.FURTHER))
+def test_further_runs_end_where_one_process_does(further, alone, name) -> None:
+    assert_ends_alike(worker.FURTHER[name][0], name, further, alone)
 
 
 @pytest.mark.parametrize("name", ["spiel-2", "s2ft-2"])
