@@ -104,7 +104,19 @@ def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
             "deltas away; use sft.export_quantized.export_quantized, which says what it costs"
         )
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    return merged if dtype is None else merged.to(dtype)
+    return merged if dtype is None else in_dtype(merged, dtype)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """Return a model whose stored weights are of a dtype, as loading it in that dtype gives.
+
+    `Module.to` would cast what is computed at loading as well: in 16 bits the frequencies of rotary
+    embeddings are others.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 @torch.no_grad()

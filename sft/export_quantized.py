@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from sft.adapters.quantized import dequantised, packed_modules, packing, requantised
 from sft.errors import UserError
-from sft.export import Batches, export_merged, logits_of, trained_logits, verify_merged
+from sft.export import (
+    Batches,
+    export_merged,
+    in_dtype,
+    logits_of,
+    trained_logits,
+    verify_merged,
+)
 
 MODES = ("dequantize", "requantize", "reference")
 ERROR_FILE = "merge_error.json"
@@ -102,7 +109,7 @@ def merge_quantized(
         layers = _merge_in_place(model, None if mode == "requantize" else target)
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         if mode == "dequantize":
-            merged = _unmarked(merged).to(target)
+            merged = in_dtype(_unmarked(merged), target)
     found = logits_of(merged, batches)
     differences = [(a - b).abs() for a, b in zip(found, expected, strict=True)]
     logits = _deviation(torch.cat([d.flatten() for d in differences]))
@@ -242,7 +249,8 @@ def _onto_reference(
                 f"adapter was trained and a {type(base.get_submodule(name)).__name__} in the "
                 "reference, whose weights lie otherwise; take dequantize"
             )
-    merged = (_adapters_onto(base, model) if hasattr(model, "peft_config") else base).to(dtype)
+    merged = _adapters_onto(base, model) if hasattr(model, "peft_config") else base
+    merged = in_dtype(merged, dtype)
     errors = {}
     for name, layer in _packed_layers(model):
         kept = merged.get_submodule(name).weight

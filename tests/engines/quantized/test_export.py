@@ -103,6 +103,16 @@ def test_a_folder_is_what_was_merged_and_tells_its_error(lab, kind, mode):
         assert min(layer.mean for layer in error.layers.values()) > 0
 
 
+@pytest.mark.parametrize("mode", ["dequantize", "reference"])
+def test_16_bit_models_keep_the_frequencies_of_their_rotary_embeddings(lab, mode):
+    """They are computed when a model loads, in float32 whatever its weights are."""
+    model = lab.adapt(lab.packed(FORMS["nf4"], dtype="bfloat16"), METHODS["spiel"], moved=SIZE)
+    merged, _ = merge_quantized(model, mode, [lab.batch()], reference=lab.reference)
+    assert merged.dtype == torch.bfloat16
+    found, wanted = merged.model.rotary_emb, lab.reference().model.rotary_emb
+    assert torch.equal(found.inv_freq, wanted.inv_freq)
+
+
 @pytest.mark.parametrize("method", ["spiel", "s2ft", "lora"])
 def test_the_reference_gets_the_delta_on_its_own_weights(lab, method):
     model = lab.adapt(lab.packed(FORMS["nf4"]), METHODS[method], moved=SIZE)
