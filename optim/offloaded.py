@@ -111,11 +111,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         saved = dict(state_dict)
         masters = saved.pop(MASTERS, {})
         self.inner.load_state_dict(saved)
-        for own, group in zip(self.param_groups, self.inner.param_groups, strict=True):
-            own.update({key: value for key, value in group.items() if key != "params"})
+        self.take_options()
         for i, (_, stand_in) in enumerate(self._pairs()):
             if i in masters:
                 stand_in.copy_(masters[i])
+
+    def stand_in_names(self, names: dict[int, str]) -> dict[int, str]:
+        """Return the names of the stand-ins by identity, given those of the parameters."""
+        return {id(stand_in): names[id(parameter)] for parameter, stand_in in self._pairs()}
+
+    def take_options(self) -> None:
+        """Take the options of the inner optimizer's groups, which were loaded."""
+        for own, group in zip(self.param_groups, self.inner.param_groups, strict=True):
+            own.update({key: value for key, value in group.items() if key != "params"})
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter with its stand-in."""

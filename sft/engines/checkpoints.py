@@ -14,6 +14,7 @@ from sft.engines.engine import Engine
 from sft.engines.masters import is_value
 from sft.engines.optimizer_state import OptimizerState, named, names_of
 from sft.engines.schedule_state import with_empty, without_empty
+from sft.optim.offloaded import OffloadedOptimizer
 
 STATE = "sft_optimizer.safetensors"
 
@@ -57,11 +58,20 @@ def load_optimizer(trainer: Any, engine: Engine, folder: Path) -> None:
         engine.load_state(tensors)
     else:
         kept = {name: tensor for name, tensor in tensors.items() if not is_value(name)}
-        OptimizerState(engine.stock).scatter(names, kept)
+        _scatter(engine.stock, names, kept)
     schedule = torch.load(folder / SCHEDULER_NAME, weights_only=True)
     schedule = without_empty(schedule, saved_groups)
     own = trainer.lr_scheduler.state_dict()
     trainer.lr_scheduler.load_state_dict(with_empty(schedule, groups, own))
+
+
+def _scatter(stock: Any, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
+    """Let an optimizer take state by name; one that is offloaded keeps it by its stand-ins."""
+    if not isinstance(stock, OffloadedOptimizer):
+        OptimizerState(stock).scatter(names, tensors)
+        return
+    OptimizerState(stock.inner).scatter(stock.stand_in_names(names), tensors)
+    stock.take_options()
 
 
 def saved_values(folder: Path) -> dict[str, Tensor]:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from sft import OffloadConfig, S2FTConfig, SoRAConfig, SparseTrainer, SpielConfig
+from sft.engines.optimizer_state import named, names_of
 from sft.offload.store import DiskStore
 from sft.optim.offloaded import OffloadedOptimizer
 
@@ -239,6 +241,20 @@ def test_state_on_the_cpu_is_the_same_state(case, optim, tmp_path) -> None:
     assert_equal(own(away), own(plain))
     resumed = trainer(tmp_path / "again", again, STATE, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "away" / "checkpoint-2"))
+    assert_equal(own(again), own(plain))
+
+
+def test_state_that_another_engine_saved_goes_to_the_cpu(tmp_path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    plain, again = model(), model()
+    run = trainer(tmp_path / "plain", plain, **settings)
+    run.train()
+    checkpoint = tmp_path / "plain" / "checkpoint-2"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    groups = [group["params"] for group in run.optimizer.param_groups]
+    save_file(named(saved, groups, names_of(plain)), checkpoint / "sft_optimizer.safetensors")
+    resumed = trainer(tmp_path / "again", again, STATE, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_equal(own(again), own(plain))
 
 
