@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from sft.adapters.gathered import is_partitioned
 from sft.kernels.linear_cross_entropy import (
     Tail,
     apply_tail,
@@ -19,9 +20,14 @@ from sft.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     whole_cross_entropy,
 )
+from sft.optim.shards import is_sharded
 
 IGNORED = -100
 KEEP = "leave chunked_loss out"
+
+
+class UnknownLogits(ValueError):
+    """A model does something to its logits that is not known here."""
 
 
 def chunked_nll(
@@ -48,14 +54,15 @@ def chunked_nll(
         The loss, and the model's outputs, whose logits are of no positions.
 
     Raises:
-        ValueError: the head reads something else than one row a position, or the model does
-            something to its logits that is not known here.
+        ValueError: the head reads something else than one row a position.
+        UnknownLogits: the model does something to its logits that is not known here.
     """
     base = causal_model(model)
     head, tail = base.get_output_embeddings(), tail_of(base.config)
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     labels = inputs["labels"][:, 1:]
-    with head_input(head, positions=int(compare)) as read:
+    halves: list[torch.dtype] = []
+    with head_input(head, positions=int(compare), halves=halves) as read:
         outputs = model(**rest, use_cache=False)
     if len(read) != 1 or read[0].dim() != 3 or read[0].shape[1] != labels.shape[1] + 1:
         shapes = [tuple(tensor.shape) for tensor in read]
@@ -63,12 +70,13 @@ def chunked_nll(
             f"chunked_loss: got a head of {type(base).__name__} that reads {shapes}, allowed is "
             f"(batch, length, width) once; {KEEP}"
         )
-    if compare:
-        _compare(head, read[0][:, :1], outputs.logits, tail, type(base).__name__)
     labels = labels.to(read[0].device)
     wanted = labels != IGNORED
     size = rows or chunk_rows(base.config.get_text_config().vocab_size)
-    total = head_nll(head, read[0][:, :-1][wanted], labels[wanted], tail, size)
+    with _as_the_model(read[0], halves):
+        if compare:
+            _compare(head, read[0][:, :1], outputs.logits, tail, type(base).__name__)
+        total = head_nll(head, read[0][:, :-1][wanted], labels[wanted], tail, size)
     divisor = wanted.sum().clamp(min=1) if count is None else torch.as_tensor(count)
     loss = total / divisor.to(total.device)
     balance = getattr(outputs, "aux_loss", None)  # of a mixture of experts that is asked for it
@@ -95,8 +103,8 @@ def head_nll(head: nn.Module, x: Tensor, targets: Tensor, tail: Tail, rows: int)
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         return linear_cross_entropy(x, weight, bias, targets, tail=tail, rows=rows)
     parts = []
-    for start in range(0, max(1, x.shape[0]), rows):
-        part = slice(start, start + rows)
+    for chunk in range(_chunks(head, x, rows)):
+        part = slice(chunk * rows, (chunk + 1) * rows)
         # a sharder's weights are of other shapes when backward begins than they were in forward
         parts.append(
             checkpoint(
@@ -105,6 +113,19 @@ def head_nll(head: nn.Module, x: Tensor, targets: Tensor, tail: Tail, rows: int)
             )
         )  # fmt: skip
     return torch.stack(parts).sum()
+
+
+def _chunks(head: nn.Module, x: Tensor, rows: int) -> int:
+    """Return how many chunks there are: one at least, and equally many where ranks share a head.
+
+    It is gathered for each of them: a rank with fewer labels would leave the others waiting.
+    """
+    count = max(1, -(-x.shape[0] // rows))
+    if not any(is_partitioned(p) or is_sharded(p) for p in head.parameters()):
+        return count
+    most = torch.tensor(count, device=x.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def causal_model(model: Any) -> Any:
@@ -123,10 +144,12 @@ def tail_of(config: Any) -> Tail:
     divisor = getattr(text, "logits_scaling", None)  # Granite's; HyperCLOVA X multiplies by it
     if divisor is not None:
         scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
-    return Tail(scale, getattr(text, "final_logit_softcapping", None))
+    return Tail(scale, next((cap for name in _CAPS if (cap := getattr(text, name, None))), None))
 
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# of Gemma, RecurrentGemma and xLSTM
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def check_chunks(model: Any, args: Any, smoother: Any, custom: Any) -> None:
@@ -201,12 +224,20 @@ class ChunkedLossMixin:
 
 
 @contextmanager
-def head_input(head: nn.Module, positions: int) -> Iterator[list[Tensor]]:
-    """Take what the head is handed, and pass on so many positions of it."""
+def head_input(
+    head: nn.Module, positions: int, halves: list[torch.dtype] | None = None
+) -> Iterator[list[Tensor]]:
+    """Take what the head is handed, and pass on so many positions of it.
+
+    `halves` gets what autocast would have computed its product in, if that is on.
+    """
     read: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         read.append(args[0])
+        kind = args[0].device.type
+        if halves is not None and torch.is_autocast_enabled(kind):
+            halves.append(torch.get_autocast_dtype(kind))
         return args[0][:, :positions], *args[1:]
 
     handle = head.register_forward_pre_hook(take)
@@ -214,6 +245,11 @@ def head_input(head: nn.Module, positions: int) -> Iterator[list[Tensor]]:
         yield read
     finally:
         handle.remove()
+
+
+def _as_the_model(x: Tensor, halves: list[torch.dtype]) -> AbstractContextManager[Any]:
+    """Return the autocast that a Trainer puts around the model's forward, where the loss is not."""
+    return torch.autocast(x.device.type, dtype=halves[0]) if halves else nullcontext()
 
 
 def _chunk_nll(head: nn.Module, x: Tensor, targets: Tensor, tail: Tail) -> Tensor:
@@ -226,10 +262,11 @@ def _compare(head: nn.Module, x: Tensor, logits: Tensor, tail: Tail, model: str)
     with torch.no_grad():
         made = apply_tail(head(x), tail).float()
     logits = logits.detach().float()
-    bound = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    cast = torch.is_autocast_enabled(x.device.type)
+    bound = 5e-2 if cast or x.dtype not in (torch.float32, torch.float64) else 1e-3
     off = float((made - logits).abs().max())
     if not off <= bound * max(1.0, float(logits.abs().max())):
-        raise ValueError(
+        raise UnknownLogits(
             f"chunked_loss: got logits of {model} that are {off:.3g} from {tail} of its head's, "
             f"allowed is a scale and a softcap that its configuration names; {KEEP}"
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import Trainer
 from trl import SFTTrainer
 
-from sft.chunked_loss import causal_model, chunked_nll
+from sft.chunked_loss import UnknownLogits, causal_model, chunked_nll
 from sft.trainer import SparseTrainingMixin
 
 
@@ -19,6 +20,8 @@ class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
     negative log-likelihood, TRL's own loss is used.
     """
 
+    _known: bool | None = None  # what the model does to its logits
+
     def compute_loss(
         self,
         model: Any,
@@ -27,9 +30,21 @@ class _LeanSFTTrainer(SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the mean negative log-likelihood of the labels."""
+        if self._known is False:
+            return self._by_the_model(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not self._lean(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return chunked_nll(model, inputs, num_items_in_batch)[0]
+        try:
+            loss, _ = chunked_nll(model, inputs, num_items_in_batch, compare=self._known is None)
+        except UnknownLogits:
+            self._known = False
+            return self._by_the_model(model, inputs, return_outputs, num_items_in_batch)
+        self._known = True
+        return loss
+
+    def _by_the_model(self, *args: Any) -> Any:
+        """Return the model's own loss: TRL's multiplies with the head by itself as ours does."""
+        return Trainer.compute_loss(self, *args)
 
     def _lean(self, inputs: dict[str, Any]) -> bool:
         model = self.accelerator.unwrap_model(self.model)

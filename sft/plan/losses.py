@@ -39,7 +39,8 @@ def planned_nll(model: Any, batch: Batch, half: torch.dtype | None = None) -> Te
     places = torch.zeros(batch.labels, dtype=torch.int64)
     vocabulary = base.config.get_text_config().vocab_size
     kept = read[0][:, :-1][places, places]
-    total = head_nll(head, kept, places, tail_of(base.config), chunk_rows(vocabulary))
+    with _autocast(half):
+        total = head_nll(head, kept, places, tail_of(base.config), chunk_rows(vocabulary))
     return total / batch.labels
 
 

@@ -26,6 +26,16 @@ MODELS = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "softcap": ("Gemma2", {"final_logit_softcapping": 2.0}),
+    "recurrent": (
+        "RecurrentGemma",
+        {
+            "logits_soft_cap": 2.0,
+            "lru_width": 32,
+            "attention_window_size": 16,
+            "head_dim": 16,
+            "block_types": ["recurrent", "attention"],
+        },
+    ),
     "scaled": ("Cohere", {"logit_scale": 0.3}),
     "divided": ("Granite", {"logits_scaling": 4.0}),
     "gpt2": (
@@ -214,6 +224,18 @@ def test_a_run_is_that_of_whole_logits(tmp_path) -> None:
     for name, value in runs[False][1].items():
         torch.testing.assert_close(runs[True][1][name], value, rtol=1e-4, atol=1e-5)
     assert runs[True][2] == pytest.approx(runs[False][2], abs=1e-5)
+
+
+def test_a_run_in_half_precision_is_that_of_whole_logits(tmp_path) -> None:
+    losses = {}
+    for chunked in (False, True):
+        model = with_head(build(tie_word_embeddings=False), "frozen")
+        run = trainer(
+            tmp_path / str(chunked), chunked=chunked, model=model, bf16=True, learning_rate=1e-4
+        )
+        run.train()
+        losses[chunked] = [e["loss"] for e in run.state.log_history if "loss" in e]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-3)
 
 
 def test_who_reads_logits_gets_them_whole(tmp_path) -> None:
