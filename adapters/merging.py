@@ -56,7 +56,7 @@ def check_mergeable(weight: Tensor) -> None:
     if not weight.is_floating_point() or weight.element_size() < 2:  # 8-bit floats have scales
         raise ValueError(
             f"merge: the base weight is {weight.dtype} (quantised), merging would round "
-            "deltas away; merge with sft.export_quantized.merge_quantized, or load the base in 16 "
+            "deltas away; merge with sft.export.quantized.merge_quantized, or load the base in 16 "
             "or 32 bit, then merge"
         )
 

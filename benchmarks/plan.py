@@ -33,19 +33,19 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from transformers import TrainerCallback
 
-from sft import run as sft_run
-from sft.data import load_data
+from sft.data.load import load_data
 from sft.models import load_model, load_tokenizer
 from sft.plan.batch import batch_of, longest_rows
 from sft.plan.compare import METHODS, OWN, variant
 from sft.plan.devices import Device
 from sft.plan.placement import Placement
 from sft.plan.plan import plan
-from sft.progress import ProgressReport
 from sft.quiet import quiet_libraries
-from sft.recipe import load_recipe
-from sft.schema import Recipe
-from sft.trainable import build_method
+from sft.recipe.load import load_recipe
+from sft.recipe.schema import Recipe
+from sft.run import job as sft_run
+from sft.run.progress import ProgressReport
+from sft.run.trainable import build_method
 
 UPDATES = 4
 # name -> settings over the recipe, of cases that are no method of their own

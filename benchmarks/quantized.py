@@ -39,7 +39,7 @@ import sft
 from sft.adapters.quantized import packed_modules
 from sft.models import load_model
 from sft.optim.adamw import SparseAdamW
-from sft.schema import ModelSpec
+from sft.recipe.schema import ModelSpec
 
 RESULT = Path(__file__).parent / "results/quantized.json"
 MODEL = "smollm2-135m-instruct"

@@ -19,8 +19,8 @@ from machine import machine
 from safetensors.torch import load_file
 from torch import equal
 
-from sft.recipe import load_recipe
-from sft.run import RunResult, train_from_recipe
+from sft.recipe.load import load_recipe
+from sft.run.job import RunResult, train_from_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes/quickstart.yaml"
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from machine import machine
 
-from sft.recipe import load_recipe
-from sft.run import train_from_recipe
+from sft.recipe.load import load_recipe
+from sft.run.job import train_from_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 KEPT = (

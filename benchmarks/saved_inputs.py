@@ -28,11 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sft
 from sft.adapters.layer import sparse_layers
 from sft.adapters.resident import enter_resident
-from sft.data import load_data
+from sft.data.load import load_data
 from sft.embedded import folder_of
 from sft.kernels.kept import FORMS
-from sft.recipe import load_recipe
-from sft.run import train_from_recipe
+from sft.recipe.load import load_recipe
+from sft.run.job import train_from_recipe
 
 MODEL = "smollm2-135m-instruct"
 RECIPE = Path(__file__).parent.parent / "recipes/quickstart.yaml"

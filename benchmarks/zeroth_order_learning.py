@@ -36,7 +36,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from sft import SparseTrainer, ZerothOrderConfig
 from sft.models import load_model, load_tokenizer
-from sft.schema import ModelSpec
+from sft.recipe.schema import ModelSpec
 
 MODEL = "smollm2-135m-instruct"
 PACKAGE, INNER = "vadersentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -10,7 +10,7 @@ import torch
 from sft import embedded
 from sft.errors import UserError, one_line, unknown_name
 from sft.quantization import loading_arguments
-from sft.schema import ModelSpec
+from sft.recipe.schema import ModelSpec
 
 
 def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = None) -> Any:

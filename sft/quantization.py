@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sft.errors import UserError
-from sft.schema import ModelSpec, QuantizationSpec
+from sft.recipe.schema import ModelSpec, QuantizationSpec
 
 RECORD = "base_quantization.json"  # beside an adapter: how the base under it was packed
 

@@ -39,8 +39,8 @@ from sft.precision import keep_precision, trained_tensors
 from sft.processes import check_in_touch
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
-from sft.zeroth_order import ZerothOrder
-from sft.zeroth_order_log import ZerothOrderLogCallback
+from sft.zeroth_order.log import ZerothOrderLogCallback
+from sft.zeroth_order.training import ZerothOrder
 
 
 class SparseTrainingMixin(EngineMixin, ChunkedLossMixin, OffloadMixin):

@@ -27,8 +27,8 @@ SHORT = (
 def run(tmp_path_factory):
     """The quickstart on SmolLM2-135M, six updates with two reselections."""
     pytest.importorskip("gguf")
-    from sft.recipe import load_recipe
-    from sft.run import train_from_recipe
+    from sft.recipe.load import load_recipe
+    from sft.run.job import train_from_recipe
 
     folder = tmp_path_factory.mktemp("quickstart")
     recipe = load_recipe("quickstart", [*SHORT, f"training.output_dir={folder}"])
@@ -44,8 +44,8 @@ SHARDED = [name for name in RECIPES if "_zero" in name]
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in SHARDED])
 def test_every_recipe_runs_on_the_real_model(name, tmp_path) -> None:
     pytest.importorskip("gguf")
-    from sft.recipe import load_recipe
-    from sft.run import train_from_recipe
+    from sft.recipe.load import load_recipe
+    from sft.run.job import train_from_recipe
 
     settings = ["evaluation.num_examples=4", "evaluation.metrics=[nll]", "training.max_steps=3"]
     recipe = load_recipe(name, [*settings, f"training.output_dir={tmp_path / 'run'}"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sft.adapters.registry import config_class, method_names
-from sft.full import FullConfig
 from sft.optim.zeroth_order.config import ZerothOrderConfig
-from sft.recipe import load_recipe
-from sft.trainable import kind_of
+from sft.recipe.load import load_recipe
+from sft.run.full import FullConfig
+from sft.run.trainable import kind_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -12,7 +12,7 @@ from sft.plan.batch import Batch
 from sft.plan.devices import Device
 from sft.plan.placement import Placement
 from sft.plan.plan import Known, Plan, plan
-from sft.schema import QuantizationSpec, Recipe
+from sft.recipe.schema import QuantizationSpec, Recipe
 
 
 @dataclass(frozen=True)

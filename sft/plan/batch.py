@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
-from sft.schema import Recipe
+from sft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from sft.data import Examples
-    from sft.encode import Encoded
+    from sft.data.encode import Encoded
+    from sft.data.load import Examples
 
 # rows whose text is longest are encoded, so many for each row of a batch
 ENCODED = 16
@@ -70,7 +70,7 @@ def _filled(rows: int, length: int, source: str) -> Batch:
 
 def _from_data(recipe: Recipe, rows: int, longest: int | None) -> Batch:
     """Return the batch of the longest examples."""
-    from sft.data import load_data
+    from sft.data.load import load_data
     from sft.models import load_tokenizer
 
     data = load_data(recipe.data, recipe.seed)
@@ -96,7 +96,7 @@ def longest_rows(
         count: how many.
         longest: tokens that are kept of an example, or None.
     """
-    from sft.encode import encode
+    from sft.data.encode import encode
 
     sizes = [sum(map(_size, row.values())) for row in data.train]
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: ENCODED * count]

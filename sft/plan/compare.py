@@ -9,7 +9,7 @@ from sft.plan.batch import Batch
 from sft.plan.devices import Device
 from sft.plan.placement import Placement
 from sft.plan.plan import Known, Plan, plan
-from sft.schema import Recipe
+from sft.recipe.schema import Recipe
 
 RANK = 16
 OWN = "this recipe"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from sft.arguments import build_arguments
 from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
 from sft.plan.step import MakeOptimizer
-from sft.schema import Recipe
+from sft.recipe.arguments import build_arguments
+from sft.recipe.schema import Recipe
 from sft.trainer import method_optimizer
 
 # Tensors of bitsandbytes' optimizers that are smaller keep their state in float32.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.adapters.layer import SparseLayer
-from sft.schema import QuantizationSpec, Recipe
+from sft.recipe.schema import QuantizationSpec, Recipe
 
 BLOCK, SCALES = 64, 256  # weights that share a scale, and scales that share one
 

@@ -21,7 +21,7 @@ from sft.plan.timeline import (
     TRANSIENTS,
     WEIGHTS,
 )
-from sft.schema import Recipe
+from sft.recipe.schema import Recipe
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 OFFLOADED = ("optimizer", "base")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sft.arguments import build_arguments
 from sft.errors import UserError
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.plan.batch import Batch
@@ -24,8 +23,9 @@ from sft.plan.step import Run, run_step
 from sft.plan.timeline import ACTIVATIONS, GRADIENTS, Timeline
 from sft.plan.timing import seconds_of
 from sft.plan.zeroth_order import run_zeroth_order
-from sft.schema import Recipe
-from sft.trainable import Trainable, build_method
+from sft.recipe.arguments import build_arguments
+from sft.recipe.schema import Recipe
+from sft.run.trainable import Trainable, build_method
 
 
 @dataclass(frozen=True)

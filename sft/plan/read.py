@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 
 from sft.plan.devices import Device
-from sft.recipe import resolve
-from sft.schema import Recipe
-from sft.shipped import find_recipe
-from sft.yaml_source import apply_overrides, read
+from sft.recipe.load import resolve
+from sft.recipe.schema import Recipe
+from sft.recipe.shipped import find_recipe
+from sft.recipe.source import apply_overrides, read
 
 
 def read_recipe(name: str, overrides: Iterable[str], device: Device) -> Recipe:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from sft.adapters.layer import sparse_layers
 from sft.adapters.shapes import shapes_alone
 from sft.models import load_config
-from sft.schema import Recipe
-from sft.trainable import Trainable
+from sft.recipe.schema import Recipe
+from sft.run.trainable import Trainable
 
 
 def build(recipe: Recipe, method: Trainable, config: Any) -> Any:

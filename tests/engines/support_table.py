@@ -161,7 +161,7 @@ BY_ENGINE: Table = {
         no("FSDP hands out gradients after backward", FSDP_NOT, "per_layer_updates"),
     ),
     "full": (
-        yes("tests/sft/test_trainable.py::{}", "test_full_trains_the_model_itself"),
+        yes("tests/sft/run/test_trainable.py::{}", "test_full_trains_the_model_itself"),
         yes(DDP, "full"),
         yes(ZERO_MORE, "full-0"),
         yes(ZERO, "full-2"),

@@ -92,8 +92,8 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 def in_one_process(path: Path, *overrides: str) -> Any:
     from rich.console import Console
 
-    from sft.recipe import load_recipe
-    from sft.run import train_from_recipe
+    from sft.recipe.load import load_recipe
+    from sft.run.job import train_from_recipe
 
     return train_from_recipe(load_recipe(path, overrides), Console(quiet=True))
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import sft
 from sft.cli import app
-from sft.shipped import SHIPPED
+from sft.recipe.shipped import SHIPPED
 
 
 def run(*arguments):
@@ -180,7 +180,7 @@ def test_an_unexpected_error_keeps_its_traceback(recipe_file, monkeypatch):
     def fail(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sft.recipe.load_recipe", fail)
+    monkeypatch.setattr("sft.recipe.load.load_recipe", fail)
     result = run("train", recipe_file)
     assert isinstance(result.exception, RuntimeError)
 

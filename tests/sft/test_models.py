@@ -9,7 +9,7 @@ import torch
 from sft import embedded
 from sft.errors import UserError
 from sft.models import load_model, load_tokenizer
-from sft.schema import ModelSpec
+from sft.recipe.schema import ModelSpec
 
 
 def test_a_local_folder_loads_in_the_dtype_asked_for(tiny_model):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sft.errors import UserError
-from sft.recipe import load_recipe
+from sft.recipe.load import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 
@@ -38,7 +38,7 @@ def wider_model(tmp_path, tiny_tokenizer):
 
 
 def test_a_run_from_disk_exports_what_it_trained(recipe_file, wider_model, tmp_path) -> None:
-    from sft.run import train_from_recipe
+    from sft.run.job import train_from_recipe
 
     offload = "offload={base: disk, optimizer: cpu}"
     here = [f"model.name={wider_model}", "training.use_cpu=true", "training.bf16=false"]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from sft.errors import RecipeError, UserError
 from sft.models import load_config
-from sft.recipe import load_recipe
-from sft.run import train_from_recipe
-from sft.schema import ModelSpec
+from sft.recipe.load import load_recipe
+from sft.recipe.schema import ModelSpec
+from sft.run.job import train_from_recipe
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ class Packed:
 
     def packed(self, quantization: dict[str, Any], **spec: Any) -> Any:
         from sft.models import load_model
-        from sft.schema import ModelSpec
+        from sft.recipe.schema import ModelSpec
 
         given = {"name": str(self.folder), "quantization": quantization} | spec
         return load_model(ModelSpec.model_validate(given))
 
     def reference(self) -> Any:
         from sft.models import load_model
-        from sft.schema import ModelSpec
+        from sft.recipe.schema import ModelSpec
 
         return load_model(ModelSpec(name=str(self.folder)))
 

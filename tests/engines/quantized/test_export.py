@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from sft import S2FTConfig, SLTrainConfig, SoRAConfig, SpielConfig
 from sft.adapters.quantized import dequantised, keep_packed, packing
 from sft.errors import UserError
-from sft.export import export_merged, logits_of, trained_logits
-from sft.export_quantized import ERROR_FILE, export_quantized, merge_quantized, trained_weight
+from sft.export.merged import export_merged, logits_of, trained_logits
+from sft.export.quantized import ERROR_FILE, export_quantized, merge_quantized, trained_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),

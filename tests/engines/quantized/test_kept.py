@@ -133,8 +133,8 @@ def trl_trainer(lab, tiny_tokenizer):
     def build(model, **kwargs):
         from trl import SFTConfig
 
-        from sft.arguments import machine_defaults
-        from sft.supervised import SparseSFTTrainer
+        from sft.recipe.arguments import machine_defaults
+        from sft.trainers.supervised import SparseSFTTrainer
 
         off = {k: v for k, v in machine_defaults().items() if k.endswith("checkpointing")}
         arguments = SFTConfig(

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from sft.cli import app
 from sft.errors import UserError
-from sft.export_quantized import MODES
+from sft.export.quantized import MODES
 from sft.models import load_model
-from sft.recipe import load_recipe
-from sft.schema import ModelSpec, QuantizationSpec
+from sft.recipe.load import load_recipe
+from sft.recipe.schema import ModelSpec, QuantizationSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
@@ -155,7 +155,7 @@ def test_a_mode_for_a_plain_base_is_refused(model, tmp_path):
     from peft import get_peft_model
 
     from sft import SpielConfig
-    from sft.export_adapter import export_adapter
+    from sft.export.adapter import export_adapter
 
     config = SpielConfig(density=0.1, growth="none", task_type="CAUSAL_LM")
     adapted = get_peft_model(load_model(ModelSpec(name=str(model))), config)

@@ -110,7 +110,7 @@ def test_forward_passes_alone_train_an_adapter_over_a_packed_base(lab):
 
 
 def test_a_dense_method_over_packed_weights_is_refused(lab):
-    from sft.full import Full
+    from sft.run.full import Full
 
     with pytest.raises(ValueError, match="name: got 'full', which trains the model's own weights"):
         Full("full", {}).attach(lab.packed({"bits": "int8"}), None)

@@ -54,6 +54,6 @@ training:
 
 @pytest.fixture
 def plan_recipe(plan_file):
-    from sft.recipe import load_recipe
+    from sft.recipe.load import load_recipe
 
     return load_recipe(plan_file)

@@ -22,8 +22,8 @@ from sft.plan.compare import METHODS, variant
 from sft.plan.devices import Device
 from sft.plan.placement import Placement
 from sft.plan.plan import plan
-from sft.recipe import load_recipe
-from sft.trainable import build_method
+from sft.recipe.load import load_recipe
+from sft.run.trainable import build_method
 
 DEVICE = Device("a CPU", 2**40, "cpu")
 SHORT = 8  # tokens that the first row lacks

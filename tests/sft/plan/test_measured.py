@@ -15,7 +15,7 @@ from sft.plan.compare import METHODS, variant
 from sft.plan.devices import Device
 from sft.plan.placement import Placement
 from sft.plan.plan import plan
-from sft.trainable import build_method
+from sft.run.trainable import build_method
 
 DEVICE = Device("a CPU", 2**40, "cpu")
 TRAINED_BACKWARD = [name for name in METHODS if "mezo" not in name]
@@ -51,7 +51,7 @@ def test_a_deep_model_is_planned_by_shallow_ones(plan_recipe, monkeypatch):
 
 
 def test_from_scratch_a_tied_head_is_counted_once(plan_file):
-    from sft.recipe import load_recipe
+    from sft.recipe.load import load_recipe
 
     method = "method={name: sltrain, form: pretrain, r: 8, density: 0.02}"
     recipe = load_recipe(plan_file, [method, "model.config={}"])

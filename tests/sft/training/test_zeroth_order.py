@@ -13,7 +13,7 @@ from torch import nn
 
 from sft import S2FTConfig, SoRAConfig, SparseTrainer, SpielConfig, ZerothOrderConfig
 from sft.adapters.calibrate import pending_adapters
-from sft.zeroth_order_checks import check_run
+from sft.zeroth_order.checks import check_run
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

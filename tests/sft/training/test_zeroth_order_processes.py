@@ -190,7 +190,7 @@ def test_every_process_has_directions_of_its_own(ranks) -> None:
 
 def test_one_process_replays_the_log_of_two(ranks, lab, assert_equal) -> None:
     from sft.optim.zeroth_order.log import ZerothOrderLog
-    from sft.replay import replay_onto
+    from sft.zeroth_order.replay import replay_onto
 
     folder, first, _ = ranks
     for name in RUNS:

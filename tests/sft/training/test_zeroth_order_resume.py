@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 from sft import SparseTrainer, ZerothOrderConfig
 from sft.checkpoint import MARK
 from sft.optim.zeroth_order.log import ZerothOrderLog
-from sft.zeroth_order_log import LOG
+from sft.zeroth_order.log import LOG
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_is_not_taken_for_the_end(build, tmp_path) -> None:
 
 KILLED = """
 import os, signal, sys
-from sft.zeroth_order_log import ZerothOrderLogCallback
+from sft.zeroth_order.log import ZerothOrderLogCallback
 def kill(self, args, state, control, **_):
     if state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -176,8 +176,8 @@ SETTINGS = (
 
 
 def test_a_killed_command_goes_on_in_another_process(tmp_path, recipe_file) -> None:
-    from sft.recipe import load_recipe
-    from sft.run import train_from_recipe
+    from sft.recipe.load import load_recipe
+    from sft.run.job import train_from_recipe
 
     def train(folder: Path, *settings: str):
         given = [*SETTINGS, f"training.output_dir={folder}", *settings]

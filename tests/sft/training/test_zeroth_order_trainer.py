@@ -10,12 +10,12 @@ from torch.nn import functional
 from transformers import TrainerCallback
 
 from sft import SoRAConfig, ZerothOrderConfig
-from sft.folder import ZEROTH_ORDER
-from sft.objectives import predictions
 from sft.optim.zeroth_order.log import ZerothOrderLog
-from sft.replay import replay_onto
+from sft.run.folder import ZEROTH_ORDER
 from sft.undisturbed import FullPrecisionLosses
-from sft.zeroth_order_log import LOG
+from sft.zeroth_order.log import LOG
+from sft.zeroth_order.objectives import predictions
+from sft.zeroth_order.replay import replay_onto
 
 
 @pytest.fixture

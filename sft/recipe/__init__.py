@@ -1,0 +1,1 @@
+"""Recipes: one strict YAML file a job."""

@@ -1,0 +1,1 @@
+"""One job from recipe to exported model."""

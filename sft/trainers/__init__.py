@@ -1,0 +1,1 @@
+"""Trainers of TRL and transformers with our training."""
