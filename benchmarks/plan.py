@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from machine import machine
 from profiled import _silent as silent
-from rich.console import Console
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 from transformers import TrainerCallback
@@ -43,9 +42,9 @@ from sft.plan.plan import plan
 from sft.quiet import quiet_libraries
 from sft.recipe.load import load_recipe
 from sft.recipe.schema import Recipe
-from sft.run import job as sft_run
-from sft.run.progress import ProgressReport
+from sft.run.build import attached, build_trainer
 from sft.run.trainable import build_method
+from sft.tasks.find import build_task
 
 UPDATES = 4
 # name -> settings over the recipe, of cases that are no method of their own
@@ -81,7 +80,7 @@ def measured(case: str, folder: str) -> dict[str, Any]:
     """Run a case and return the bytes at its peak."""
     quiet_libraries()
     recipe = recipe_of(case, folder)
-    method = build_method(recipe.method)
+    method = build_method(recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe.data, recipe.seed)
     rows = recipe.training["per_device_train_batch_size"]
@@ -89,9 +88,8 @@ def measured(case: str, folder: str) -> dict[str, Any]:
     data = replace(data, train=data.train.select([place for place, _ in chosen]))
     # out of the mapped file, whose pages no allocator knows
     model = None if method.from_scratch else copy.deepcopy(load_model(recipe.model))
-    model = sft_run._attached(recipe, method, model)
-    report = ProgressReport(Console(quiet=True), prefix="plan_")
-    trainer = sft_run._build_trainer(recipe, model, tokenizer, data, report)
+    model = attached(recipe, method, model)
+    trainer = build_trainer(recipe, build_task(recipe.task), model, tokenizer, data, [])
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()

@@ -22,7 +22,7 @@ SMALL, BLOCK = 4096, 256
 
 def optimizer_maker(recipe: Recipe) -> MakeOptimizer:
     """Return what makes the optimizer of a recipe's run."""
-    arguments = build_arguments(recipe.training, recipe.seed)
+    arguments = build_arguments(recipe)
 
     def make(model: nn.Module) -> Any:
         tuner = sparse_tuner(model)

@@ -120,7 +120,7 @@ def _key(recipe: Recipe, batch: Batch, aside: bool) -> str:
 
 def _note(recipe: Recipe, batch: Batch, aside: bool) -> tuple[Found, tuple[int, int], int]:
     """Return the steps, the numbers of trained and of all weights, and what sharders gather."""
-    method = build_method(recipe.method)
+    method = build_method(recipe)
     settle_selection(method)
     config = model_config(recipe)
     try:
@@ -165,7 +165,7 @@ def _found(model: Any, config: Any, make: Callable[[], Timeline]) -> Found:
 
 def stepper(recipe: Recipe, model: Any, batch: Batch, *, aside: bool) -> Callable[[], Timeline]:
     """Return what runs a step of the model as it is now."""
-    arguments = build_arguments(recipe.training, recipe.seed)
+    arguments = build_arguments(recipe)
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     dtype = half or next(model.parameters()).dtype
     packed = packed_weights(recipe, model)

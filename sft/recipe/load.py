@@ -34,14 +34,17 @@ def resolve(source: Source, name: str) -> Recipe:
     """Check a parsed recipe, section by section."""
     from sft.recipe.arguments import resolve_training
     from sft.recipe.method import resolve_method
+    from sft.recipe.task import resolve_evaluation, resolve_task
     from sft.recipe.zeroth_order import resolve_zeroth_order
 
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
         raise _first_error(source, error) from None
+    recipe = recipe.model_copy(update={"task": resolve_task(recipe, source)})
     return recipe.model_copy(
         update={
+            "evaluation": resolve_evaluation(recipe, source),
             "method": resolve_method(recipe, source),
             "zeroth_order": resolve_zeroth_order(recipe, source),
             "training": resolve_training(recipe, source, name),

@@ -11,6 +11,7 @@ from sft.recipe.fields import check_fields, key_error
 from sft.recipe.schema import Recipe
 from sft.recipe.source import Source
 from sft.run.trainable import Trainable, kind_of, method_names
+from sft.tasks.find import task_classes
 
 
 def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
     if "seed" in known:
         fields.setdefault("seed", recipe.seed)
     try:
-        method = kind(name, fields)
+        method = kind(name, fields, task_classes()[recipe.task["name"]].peft_type)
     except (ValueError, TypeError, ImportError) as error:
         raise key_error(source, "method", known | {"name"}, error) from error
     _check_start(recipe, method, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Section(BaseModel):
@@ -86,13 +86,10 @@ class DataSpec(_Section):
         return self
 
 
-Metric = Literal["nll", "token_error_rate", "exact_match"]
-
-
 class EvaluationSpec(_Section):
     """What is measured on the held-out examples, before and after training."""
 
-    metrics: list[Metric] = Field(default_factory=lambda: ["nll"])  # type: ignore[arg-type]
+    metrics: list[str] | None = Field(default=None, description="default: those of the task")
     num_examples: int | None = Field(default=None, gt=0, description="default: all held-out ones")
     max_new_tokens: int = Field(default=64, gt=0)
     batch_size: int = Field(default=16, gt=0)
@@ -132,9 +129,12 @@ class OffloadSpec(_Section):
 
 
 class Recipe(_Section):
-    """One job: model, method, data, evaluation, training, export."""
+    """One job: model, task, method, data, evaluation, training, export."""
 
     model: ModelSpec
+    task: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "sft"}, description="a name, or a section with one"
+    )
     method: dict[str, Any]
     zeroth_order: dict[str, Any] | None = Field(
         default=None, description="train by forward passes alone; {} for the defaults"
@@ -148,3 +148,8 @@ class Recipe(_Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     overwrite: bool = Field(default=False, description="replace a run found in output_dir")
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

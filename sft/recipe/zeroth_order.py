@@ -51,7 +51,7 @@ def build_zeroth_order(section: dict[str, Any] | None) -> ZerothOrderConfig | No
 
 def _check_method(recipe: Recipe, config: ZerothOrderConfig, source: Source) -> None:
     """Refuse settings of the method that only a backward pass can serve, and masks of adapters."""
-    method = build_method(recipe.method)
+    method = build_method(recipe)
     for key, allowed in backward_only(method.config).items():
         value = getattr(method.config, key)
         raise source.error(

@@ -6,6 +6,9 @@ import importlib
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
+from sft.recipe.schema import Recipe
+from sft.tasks.find import task_classes
+
 # Each kind tells the names it answers to, so that a method belongs to one of them by existing.
 _KINDS = (
     "sft.run.trained_adapter.SparseAdapter",
@@ -24,7 +27,7 @@ class Trainable(Protocol):
     name: str
     config: Any
 
-    def __init__(self, name: str, fields: dict[str, Any]) -> None: ...
+    def __init__(self, name: str, fields: dict[str, Any], task_type: str) -> None: ...
 
     @classmethod
     def names(cls) -> list[str]:
@@ -79,11 +82,11 @@ def kind_of(name: str) -> type[Trainable]:
     raise KeyError(name)
 
 
-def build_method(method: dict[str, Any]) -> Trainable:
-    """Build what a resolved `method:` section asks for."""
-    fields = dict(method)
+def build_method(recipe: Recipe) -> Trainable:
+    """Build what the resolved `method:` section of a recipe asks for, for its task."""
+    fields = dict(recipe.method)
     name = fields.pop("name")
-    return kind_of(name)(name, fields)
+    return kind_of(name)(name, fields, task_classes()[recipe.task["name"]].peft_type)
 
 
 def _kinds() -> list[type[Trainable]]:

@@ -33,9 +33,9 @@ class StockAdapter:
 
     saved: ClassVar[bool] = True
 
-    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+    def __init__(self, name: str, fields: dict[str, Any], task_type: str) -> None:
         self.name = name
-        self.config = self.config_class(name)(**fields, task_type="CAUSAL_LM")
+        self.config = self.config_class(name)(**fields, task_type=task_type)
         if hasattr(self._tuner(), "update_and_allocate"):
             raise ValueError(
                 f"name: got {name!r}, whose ranks move by calls that the trainer does not make; "

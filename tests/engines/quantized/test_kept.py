@@ -136,7 +136,7 @@ def trl_trainer(lab, tiny_tokenizer):
         from sft.recipe.arguments import machine_defaults
         from sft.trainers.supervised import SparseSFTTrainer
 
-        off = {k: v for k, v in machine_defaults().items() if k.endswith("checkpointing")}
+        off = {k: v for k, v in machine_defaults(SFTConfig).items() if k.endswith("checkpointing")}
         arguments = SFTConfig(
             str(lab.out), use_cpu=True, bf16=False, report_to=[], save_strategy="no", max_steps=1,
             disable_tqdm=True, **off,

@@ -113,4 +113,4 @@ def test_a_dense_method_over_packed_weights_is_refused(lab):
     from sft.run.full import Full
 
     with pytest.raises(ValueError, match="name: got 'full', which trains the model's own weights"):
-        Full("full", {}).attach(lab.packed({"bits": "int8"}), None)
+        Full("full", {}, "CAUSAL_LM").attach(lab.packed({"bits": "int8"}), None)

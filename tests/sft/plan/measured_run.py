@@ -52,7 +52,7 @@ def measured(recipe, batch: Batch) -> int:
     config = AutoConfig.from_pretrained(recipe.model.name)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-        model = build_method(recipe.method).attach(model, recipe.model)
+        model = build_method(recipe).attach(model, recipe.model)
         enter_resident(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         ours = recipe.method["name"] == "spiel"

@@ -55,7 +55,7 @@ def test_from_scratch_a_tied_head_is_counted_once(plan_file):
 
     method = "method={name: sltrain, form: pretrain, r: 8, density: 0.02}"
     recipe = load_recipe(plan_file, [method, "model.config={}"])
-    made = build_method(recipe.method)
+    made = build_method(recipe)
     trained, _ = made.counts(made.attach(None, recipe.model))
     assert plan(recipe, batch_of(recipe), DEVICE, Placement()).trained == trained
 

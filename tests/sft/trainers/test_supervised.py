@@ -6,10 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from sft.recipe.arguments import build_arguments, machine_defaults
-from sft.run.trainable import build_method
+from sft.recipe.arguments import machine_defaults
+from sft.run.trainable import kind_of
 from sft.trainers.supervised import SparseSFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
@@ -23,8 +23,8 @@ def test_the_first_loss_is_that_of_trl(method, tiny_model, tiny_tokenizer, rows,
     def first_loss(cls):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        trainable = build_method({"name": method, **fields})
-        settings = machine_defaults() | {
+        trainable = kind_of(method)(method, fields, "CAUSAL_LM")
+        settings = machine_defaults(SFTConfig) | {
             "output_dir": str(tmp_path / cls.__name__),
             "max_steps": 1,
             "per_device_train_batch_size": 8,
@@ -33,7 +33,7 @@ def test_the_first_loss_is_that_of_trl(method, tiny_model, tiny_tokenizer, rows,
             "use_cpu": True,
             "bf16": False,
         }
-        args = build_arguments(settings, seed=0)
+        args = SFTConfig(**settings, seed=0)
         trainer = cls(
             model=trainable.attach(model, None),
             args=args,
@@ -63,10 +63,14 @@ class Shifted(LlamaForCausalLM):
 def test_logits_that_are_not_known_are_left_to_the_model(
     tiny_model, tiny_tokenizer, rows, tmp_path
 ) -> None:
-    settings = machine_defaults() | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    settings = machine_defaults(SFTConfig) | {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+    }
     trainer = SparseSFTTrainer(
         model=Shifted.from_pretrained(tiny_model),
-        args=build_arguments(settings, seed=0),
+        args=SFTConfig(**settings, seed=0),
         train_dataset=Dataset.from_json(str(rows)),
         processing_class=tiny_tokenizer,
     )

@@ -1,0 +1,79 @@
+"""`task: sft`: a language model learns to write completions, replies, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from sft.data.encode import Encoded, encode
+from sft.data.load import Examples
+from sft.evaluation.metrics import evaluate, held_out_batches
+from sft.models import load_model, load_tokenizer
+from sft.recipe.schema import EvaluationSpec, ModelSpec
+from sft.tasks.task import TaskOptions
+
+PROBED = 2  # batches
+
+
+class Supervised:
+    """Supervised fine-tuning by TRL's SFTTrainer."""
+
+    name: ClassVar[str] = "sft"
+    summary: ClassVar[str] = "a language model learns completions, replies, or text"
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text")
+    metrics: ClassVar[tuple[str, ...]] = ("nll", "token_error_rate", "exact_match")
+    measured: ClassVar[tuple[str, ...]] = ("nll",)
+    options_class: ClassVar[type[TaskOptions]] = TaskOptions
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options = options
+
+    def arguments_class(self) -> type:
+        """Return TRL's SFTConfig."""
+        from trl import SFTConfig
+
+        return SFTConfig  # type: ignore[no-any-return]
+
+    def trainer_class(self) -> type:
+        """Return TRL's SFTTrainer with our training."""
+        from sft.trainers.supervised import SparseSFTTrainer
+
+        return SparseSFTTrainer
+
+    def load_processor(self, spec: ModelSpec) -> Any:
+        """Load the tokenizer."""
+        return load_tokenizer(spec)
+
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load the causal language model."""
+        return load_model(spec, device=device)
+
+    def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
+        """Hand over the rows as they are: TRL tokenises, masks and collates."""
+        evaluates = arguments.eval_strategy != "no"
+        return {
+            "train_dataset": examples.train,
+            "eval_dataset": examples.held_out if evaluates else None,
+            "processing_class": processor,
+        }
+
+    def measure(
+        self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
+    ) -> dict[str, float]:
+        """Measure completions: likelihood of the right ones, error rates of the greedy ones."""
+        return evaluate(
+            model, processor, _encoded(rows, format, processor, longest), spec.metrics or (),
+            max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size,
+        )  # fmt: skip
+
+    def probe(
+        self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int
+    ) -> Sequence[dict[str, Any]]:
+        """Return prompts with their completions."""
+        encoded = _encoded(rows, format, processor, longest)
+        return held_out_batches(encoded, size, processor.pad_token_id, model.device, PROBED)
+
+
+def _encoded(rows: Any, format: str, tokenizer: Any, longest: int) -> list[Encoded]:
+    return [encode(row, format, tokenizer, longest) for row in rows]
