@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from sft.evaluation.spec import EvaluationSpec, ForgettingSpec
+from sft.recipe.section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class QuantizationSpec(_Section):
+class QuantizationSpec(Section):
     """How bitsandbytes packs the linear layers of the base; what is trained stays float32."""
 
     bits: Literal["nf4", "fp4", "int8"]
@@ -40,7 +39,7 @@ class QuantizationSpec(_Section):
         return self
 
 
-class ModelSpec(_Section):
+class ModelSpec(Section):
     """Which model is loaded, and how."""
 
     name: str = Field(
@@ -65,7 +64,7 @@ class ModelSpec(_Section):
         return self
 
 
-class DataSpec(_Section):
+class DataSpec(Section):
     """Training and held-out examples; one of `eval`, `eval_fraction`, `eval_examples` at most."""
 
     train: str = Field(
@@ -86,16 +85,7 @@ class DataSpec(_Section):
         return self
 
 
-class EvaluationSpec(_Section):
-    """What is measured on the held-out examples, before and after training."""
-
-    metrics: list[str] | None = Field(default=None, description="default: those of the task")
-    num_examples: int | None = Field(default=None, gt=0, description="default: all held-out ones")
-    max_new_tokens: int = Field(default=64, gt=0)
-    batch_size: int = Field(default=16, gt=0)
-
-
-class ExportSpec(_Section):
+class ExportSpec(Section):
     """What is written after training, besides the adapter."""
 
     merged: bool = True
@@ -106,7 +96,7 @@ class ExportSpec(_Section):
     )
 
 
-class OffloadSpec(_Section):
+class OffloadSpec(Section):
     """What is kept off the device, where no other engine does it."""
 
     base: Literal["cpu", "disk"] | None = Field(
@@ -128,7 +118,7 @@ class OffloadSpec(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job: model, task, method, data, evaluation, training, export."""
 
     model: ModelSpec
@@ -141,6 +131,9 @@ class Recipe(_Section):
     )
     data: DataSpec
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    forgetting: ForgettingSpec | None = Field(
+        default_factory=ForgettingSpec, description="general text read before and after; or false"
+    )
     training: dict[str, Any] = Field(default_factory=dict)
     export: ExportSpec = Field(default_factory=ExportSpec)
     offload: OffloadSpec | None = Field(
@@ -153,3 +146,8 @@ class Recipe(_Section):
     @classmethod
     def _by_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("forgetting", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value is False else value

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from sft.errors import unknown_name
-from sft.recipe.schema import EvaluationSpec, Recipe
+from sft.evaluation.spec import EvaluationSpec
+from sft.recipe.schema import Recipe
 from sft.recipe.source import Source
 from sft.tasks.find import task_classes
 

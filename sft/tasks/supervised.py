@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from sft.data.encode import Encoded, encode
 from sft.data.load import Examples
 from sft.evaluation.metrics import evaluate, held_out_batches
+from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model, load_tokenizer
-from sft.recipe.schema import EvaluationSpec, ModelSpec
+from sft.recipe.schema import ModelSpec
 from sft.tasks.task import TaskOptions
 
 PROBED = 2  # batches

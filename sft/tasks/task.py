@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from sft.data.load import Examples
-from sft.recipe.schema import EvaluationSpec, ModelSpec
+from sft.evaluation.spec import EvaluationSpec
+from sft.recipe.schema import ModelSpec
 
 
 class TaskOptions(BaseModel):
