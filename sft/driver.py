@@ -31,6 +31,7 @@ from sft.identity import (
 )
 from sft.kernels.library import implementation
 from sft.recompute import Floor, warn_of_checkpoints
+from sft.rotation import check_rotation
 from sft.stages import check_staged, keep_stage, stage_ends
 from sft.updates import without_updates
 
@@ -62,7 +63,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.resume_from_checkpoint = resume_from_checkpoint
         self.notes = notes or {}
-        self.adds_loss_terms = False  # set by a trainer that does
+        self.adds_loss_terms = self.rotates = False  # set by a trainer that does
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
         self.engine: Engine | None = None  # set by a trainer that knows it
@@ -90,6 +91,8 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
                 self._dynamics[name] = dynamics
         # whatever is refused is refused before a weight is written
         implementation(args.device)
+        if not self.rotates:
+            check_rotation(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu: got {args.n_gpu} in one process, whose replicas would write one weight; "

@@ -37,13 +37,14 @@ from sft.optimizer_name import optimizer_name
 from sft.parameter_groups import split_groups
 from sft.precision import keep_precision, trained_tensors
 from sft.processes import check_in_touch
+from sft.rotation import RotateCheckpoints, RotationMixin
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
 from sft.zeroth_order.log import ZerothOrderLogCallback
 from sft.zeroth_order.training import ZerothOrder
 
 
-class SparseTrainingMixin(EngineMixin, ChunkedLossMixin, OffloadMixin):
+class SparseTrainingMixin(EngineMixin, RotationMixin, ChunkedLossMixin, OffloadMixin):
     """Put before a Trainer class: `class MyTrainer(SparseTrainingMixin, trl.SFTTrainer)`.
 
     Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
@@ -88,12 +89,13 @@ class SparseTrainingMixin(EngineMixin, ChunkedLossMixin, OffloadMixin):
         self.sparse_callback = given[0] if given else SparseCallback()
         if not given:
             self.add_callback(self.sparse_callback)
-        self.sparse_callback.adds_loss_terms = True
+        self.sparse_callback.adds_loss_terms = self.sparse_callback.rotates = True
         if zeroth_order is not None:
             self.zeroth_order = ZerothOrder(self, zeroth_order)
             self.zeroth_order_log = ZerothOrderLogCallback()
             self.add_callback(self.zeroth_order_log)
             self.add_callback(MarkCheckpoints())
+        self.add_callback(RotateCheckpoints())
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
