@@ -73,9 +73,9 @@ def chunked_nll(
     labels = labels.to(read[0].device)
     wanted = labels != IGNORED
     size = rows or chunk_rows(base.config.get_text_config().vocab_size)
-    with _as_the_model(read[0], halves):
+    with autocast_as(read[0], halves):
         if compare:
-            _compare(head, read[0][:, :1], outputs.logits, tail, type(base).__name__)
+            compare_logits(head, read[0][:, :1], outputs.logits, tail, type(base).__name__)
         total = head_nll(head, read[0][:, :-1][wanted], labels[wanted], tail, size)
     divisor = wanted.sum().clamp(min=1) if count is None else torch.as_tensor(count)
     loss = total / divisor.to(total.device)
@@ -247,7 +247,7 @@ def head_input(
         handle.remove()
 
 
-def _as_the_model(x: Tensor, halves: list[torch.dtype]) -> AbstractContextManager[Any]:
+def autocast_as(x: Tensor, halves: list[torch.dtype]) -> AbstractContextManager[Any]:
     """Return the autocast that a Trainer puts around the model's forward, where the loss is not."""
     return torch.autocast(x.device.type, dtype=halves[0]) if halves else nullcontext()
 
@@ -257,7 +257,7 @@ def _chunk_nll(head: nn.Module, x: Tensor, targets: Tensor, tail: Tail) -> Tenso
     return whole_cross_entropy(head(x.unsqueeze(0))[0], targets, tail)
 
 
-def _compare(head: nn.Module, x: Tensor, logits: Tensor, tail: Tail, model: str) -> None:
+def compare_logits(head: nn.Module, x: Tensor, logits: Tensor, tail: Tail, model: str) -> None:
     """Raise unless the model makes the same logits of what its head was handed."""
     with torch.no_grad():
         made = apply_tail(head(x), tail).float()

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from sft.data.encode import Encoded, encode
 from sft.data.load import Examples
-from sft.evaluation.metrics import evaluate, held_out_batches
+from sft.evaluation.batches import held_out_batches
+from sft.evaluation.metrics import evaluate
 from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
@@ -23,7 +24,7 @@ class Supervised:
     summary: ClassVar[str] = "a language model learns completions, replies, or text"
     peft_type: ClassVar[str] = "CAUSAL_LM"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text")
-    metrics: ClassVar[tuple[str, ...]] = ("nll", "token_error_rate", "exact_match")
+    metrics: ClassVar[tuple[str, ...]] = ("nll", "perplexity", "token_error_rate", "exact_match")
     measured: ClassVar[tuple[str, ...]] = ("nll",)
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
 

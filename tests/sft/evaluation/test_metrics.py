@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from sft.data.encode import Encoded, encode
-from sft.evaluation.metrics import (
-    completion_nll,
+from sft.errors import UserError
+from sft.evaluation.completions import (
     edit_distance,
-    evaluate,
+    end_tokens,
     exact_match,
     greedy,
     token_error_rate,
 )
+from sft.evaluation.likelihood import completion_nll, perplexity
+from sft.evaluation.metrics import evaluate
 
 
 def slow_distance(a, b):
@@ -103,3 +105,29 @@ def test_evaluate_gives_what_was_asked_for_and_restores_the_mode(loaded, example
 def test_an_example_cut_to_its_prompt_counts_nothing(loaded):
     cut = Encoded([3, 4, 5], [], "x")
     assert completion_nll(loaded[0], [cut], 1, 0) == 0.0
+
+
+def test_perplexity_counts_equally_likely_tokens(loaded, examples):
+    model, tokenizer = loaded
+    found = evaluate(
+        model, tokenizer, examples, ["perplexity", "nll"], max_new_tokens=1, batch_size=4
+    )
+    assert perplexity(torch.tensor(7.0).log().item()) == pytest.approx(7, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(2.718281828 ** found["nll"])
+
+
+def test_text_without_prompts_is_not_completed(loaded):
+    model, tokenizer = loaded
+    text = [encode({"text": "one two"}, "text", tokenizer, 9)]
+    with pytest.raises(UserError, match="got exact_match of examples without a prompt"):
+        evaluate(model, tokenizer, text, ["nll", "exact_match"], max_new_tokens=1, batch_size=1)
+
+
+def test_a_model_s_own_ends_of_text_end_a_completion(loaded, examples):
+    model, tokenizer = loaded
+    before = greedy(model, tokenizer, examples[:1], 5, 1)[0].split()
+    assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id]
+    first = tokenizer.convert_tokens_to_ids(before[0])
+    model.generation_config.eos_token_id = [first, tokenizer.eos_token_id]
+    assert len(before) > 1
+    assert greedy(model, tokenizer, examples[:1], 5, 1)[0].split() == before[:1]

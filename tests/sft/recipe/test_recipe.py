@@ -42,7 +42,7 @@ def line_of(recipe_file, text):
         ("max_steps: 4", "max_steps: true", "training.max_steps", "expected a whole number"),
         ("max_steps: 4", "seed: 4", "training.seed", "the top-level `seed`"),
         ("max_new_tokens: 4", "max_new_tokens: 0", "evaluation.max_new_tokens", "got 0"),
-        ("nll", "preplexity", "evaluation.metrics.0", "nll"),
+        ("nll", "preplexity", "evaluation.metrics.0", "perplexity"),
         ("eval_examples: 8", "eval_fraction: 1.5", "data.eval_fraction", "got 1.5"),
         ("learning_rate: 1e-2", "learning_rate: 1e-2x", "training.learning_rate", "a number"),
         ("reselect_every: 2", "reselect_every: 2.5", "method.reselect_every", "whole number"),
