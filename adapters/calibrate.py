@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sft.adapters.base import SparseTuner
 from sft.adapters.calibration import Calibration
+from sft.adapters.labels import count_labels
 from sft.adapters.layer import sparse_layers
 from sft.adapters.ranks import ALONE, Ranks
 
@@ -81,13 +82,12 @@ def _length(batches: Any) -> int | None:
         return None
 
 
-def _share(batch: Mapping[str, Any], ranks: Ranks) -> float:
+def _share(model: Any, batch: Mapping[str, Any], ranks: Ranks) -> float:
     """Return by what a rank's mean loss counts more than the others': by its labels."""
     labels = batch.get("labels")
     if ranks.count == 1 or not isinstance(labels, Tensor):
         return 1.0
-    counted = labels if labels.dim() < 2 else labels[:, 1:]  # a causal model predicts the next one
-    mine = float((counted != -100).sum())
+    mine = float(count_labels(model, labels))
     every = sum(row[0] for row in ranks.gather([mine]))
     return mine * ranks.count / every if every else 1.0
 
@@ -109,7 +109,7 @@ def _run(
             loss = getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("calibration: the batches give no loss; they need labels")
-            loss = loss * _share(batch, calibration.ranks)
+            loss = loss * _share(model, batch, calibration.ranks)
             if accumulate:
                 loss.backward()
             else:

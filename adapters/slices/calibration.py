@@ -101,14 +101,17 @@ class UnitCalibration:
         if self.ranks.count == 1:
             return
         consumers = list(dict.fromkeys(group.consumer for group in self._groups))
+        held = [self._sums.get(name, torch.zeros(0)) for name in consumers]
         tokens = self.ranks.gather([float(self._tokens.get(name, 0)) for name in consumers])
-        for consumer, counts in zip(consumers, zip(*tokens, strict=True), strict=True):
+        # of the ranks that saw it: to read a weight may take all of them
+        widths = self.ranks.gather([float(len(sums)) for sums in held])
+        for consumer, sums, counts, lengths in zip(
+            consumers, held, zip(*tokens, strict=True), zip(*widths, strict=True), strict=True
+        ):
             if not any(counts):
                 continue
-            held = self._sums.get(consumer)
-            if held is None:
-                held = torch.zeros(self._read(consumer).shape[1])
-            self._sums[consumer] = self.ranks.mean(held) * self.ranks.count
+            mine = sums if len(sums) else torch.zeros(int(max(lengths)))
+            self._sums[consumer] = self.ranks.mean(mine) * self.ranks.count
             self._tokens[consumer] = int(sum(counts))
 
     def _score(self, consumer: str) -> Tensor:

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100
-# losses of models that predict the next token, unless an encoder comes before their decoder
-CAUSAL = ("ForCausalLM", "ForConditionalGeneration")
-UNSHIFTED = ("XLNet", "XLM", "Flaubert")  # whose labels are those of the very position
+from sft.adapters.labels import IGNORED, bare, has_decoder, predicts_next
 
 
 def error_rate(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -47,9 +44,9 @@ def predictions(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tenso
     Raises:
         ValueError: the batch has no labels, or not of that shape.
     """
-    labels, base = inputs.get("labels"), _base(model)
+    labels, base = inputs.get("labels"), bare(model)
     # an encoder-decoder makes what its decoder reads from the labels
-    rest = inputs if _has_decoder(base) else {k: v for k, v in inputs.items() if k != "labels"}
+    rest = inputs if has_decoder(base) else {k: v for k, v in inputs.items() if k != "labels"}
     logits = model(**rest).logits
     if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         found = "no labels" if labels is None else f"labels {tuple(labels.shape)}, {labels.dtype}"
@@ -57,31 +54,10 @@ def predictions(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tenso
             f"objective: got {found} for logits {tuple(logits.shape)}; accuracy and f1 need a "
             "class for each, use a function (model, inputs) -> number for anything else"
         )
-    if _is_causal(base):
+    if predicts_next(base):
         logits, labels = logits[:, :-1], labels[:, 1:]
     wanted = labels != IGNORED
     return logits[wanted].argmax(-1), labels[wanted]
-
-
-def _base(model: nn.Module) -> Any:
-    """Return the model below wrappers."""
-    base: Any = model
-    while hasattr(base, "get_base_model") or hasattr(base, "module"):
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base.module
-    return base
-
-
-def _has_decoder(base: Any) -> bool:
-    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-
-
-def _is_causal(base: Any) -> bool:
-    """Whether the model's loss compares a position with the next label, by the name it goes by."""
-    kind = getattr(base, "loss_type", None)
-    if kind is None:  # such as GPT2LMHeadModel
-        name = type(base).__name__
-        return name.endswith("LMHeadModel") and not name.startswith(UNSHIFTED)
-    return kind in CAUSAL and not _has_decoder(base)
 
 
 NAMED = {"accuracy": error_rate, "f1": f1_error}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sft.adapters.ranks import ALONE
 from sft.adapters.slices.budget import Quota
 from sft.adapters.slices.calibration import UnitCalibration
 from sft.adapters.slices.selection import Choice, choose_units, rank, unit_scores, weight_scores
@@ -136,14 +137,18 @@ def batches():
     ]
 
 
-def calibrate(selection, weight, batches, dtype=torch.float32):
-    found = {}
+def calibrate(selection, weight, batches, dtype=torch.float32, ranks=ALONE):
+    found, reads = {}, []
     model = Toy(weight.to(dtype))
     model.down.requires_grad_(False)
     one = UnitGroup("ffn", "channels", "down", torch.arange(6)[:, None], ())
-    calibration = UnitCalibration(
-        model, [one], selection, None, lambda _: model.down.weight, found.update
-    )
+
+    def read(name):
+        reads.append(ranks.gather([ranks.rank]))  # as where every rank holds a part of it
+        return model.down.weight
+
+    calibration = UnitCalibration(model, [one], selection, None, read, found.update)
+    calibration.ranks = ranks
     calibration.open()
     for batch in batches:
         calibration.before_batch(batch)
@@ -154,6 +159,7 @@ def calibrate(selection, weight, batches, dtype=torch.float32):
     calibration.close()
     assert not model.down._forward_hooks
     calibration.choose(len(batches))
+    assert len(reads) == (selection == "product")
     return found["ffn"]
 
 
@@ -178,6 +184,20 @@ def test_s2ft_fact18_scores_by_batches_ignore_padding(selection, weight, batches
     assert torch.equal(calibrate(selection, weight, batches), found), "padding leaves no trace"
     unmasked = [{**batch, "attention_mask": torch.ones(2, 5)} for batch in batches]
     assert not torch.equal(calibrate(selection, weight, unmasked), found)
+
+
+@pytest.mark.parametrize("selection", ["activation", "product"])
+def test_ranks_choose_by_all_tokens_though_one_saw_none(
+    selection, weight, batches, together
+) -> None:
+    for shares in ([batches[:1], batches[1:]], [batches, []]):
+        found = together(
+            lambda ranks, shares=shares: calibrate(
+                selection, weight, shares[ranks.rank], ranks=ranks
+            )
+        )
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0], expected(selection, weight, batches))
 
 
 @pytest.mark.parametrize("selection", ["activation", "product", "gradient"])
