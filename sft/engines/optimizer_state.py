@@ -61,7 +61,7 @@ class OptimizerState:
             tensors: equal on all processes.
 
         Raises:
-            ValueError: they are of other parameters.
+            ValueError: they are of other parameters, or of another optimizer.
         """
         parts = _by_parameter(tensors)
         for group in self._optimizer.param_groups:
@@ -73,6 +73,7 @@ class OptimizerState:
                         "model and the method that the checkpoint is of"
                     )
                 state, numbers = parts[name]
+                _check_numbers(numbers, group)
                 self._optimizer.state[parameter] = {
                     key: _placed(parameter, value) for key, value in state.items()
                 }
@@ -98,9 +99,18 @@ def named(
         saved: the state dict of an optimizer over whole parameters.
         groups: the parameters of another optimizer, in the same groups.
         names: of its parameters by identity.
+
+    Raises:
+        ValueError: it is of other parameters.
     """
     found: dict[str, Tensor] = {}
     kept = [options for options in saved["param_groups"] if options["params"]]
+    sizes = [len(options["params"]) for options in kept], [len(group) for group in groups if group]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"resume_from_checkpoint: its optimizer has groups of {sizes[0]} parameters, the run's "
+            f"{sizes[1]}; resume with the model and the method that the checkpoint is of"
+        )
     for group, options in zip(filter(None, groups), kept, strict=True):
         for parameter, index in zip(group, options["params"], strict=True):
             name = names[id(parameter)]
@@ -125,6 +135,16 @@ def _as_tensor(value: Any) -> Tensor:
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a group that a schedule or a load may change."""
     return {key: value for key, value in group.items() if isinstance(value, (int, float, Tensor))}
+
+
+def _check_numbers(saved: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """Raise ValueError if an optimizer's group was saved by one of another kind."""
+    missing = sorted(_numbers(group).keys() - saved.keys())
+    if missing:
+        raise ValueError(
+            f"resume_from_checkpoint: its optimizer has no {missing[0]!r}, so it is another one; "
+            "resume with the optimizer that the checkpoint is of (the method's, or optim)"
+        )
 
 
 def _like(value: Any, saved: Tensor) -> Any:

@@ -113,3 +113,5 @@ class EngineMixin(_Base):  # type: ignore[misc]
             return
         masters = {} if self._engine is None else values_of(self._engine)
         self._save(output_dir, state_dict=whole_adapters(self.model) | masters)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
