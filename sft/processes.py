@@ -76,8 +76,12 @@ class Team:
             yield
 
     def leave(self) -> None:
-        """End the connections, as a process does that has nothing more to say."""
+        """End the connections, all processes at once; each goes on alone, or ends.
+
+        Together: to end them takes all, as torch has it, and no rank may still be listened to.
+        """
         if self._state is not None:
+            self._state.wait_for_everyone()
             self._state.destroy_process_group()
             self._state = None
 

@@ -60,9 +60,10 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
         job.output, before, {}, *job.counts, outcome.global_step, outcome.training_loss, None,
         job.phases.seconds,
     )  # fmt: skip
-    if job.gather():  # where it was put together, the first process has the last word
+    whole = job.gather()
+    job.team.leave()  # what follows, and takes a while, each process does alone
+    if whole:  # where it was put together, the first process has the last word
         result = job.conclude(result)
-    job.team.leave()
     return result
 
 

@@ -135,6 +135,8 @@ def main(folder: Path) -> None:
     found["rows"] = rows_seen(lab)
     found["window"] = window(rank)
     torch.save(found, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while another still speaks
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def main() -> None:
         found[name] = SPECIAL.get(name, lambda lab, name=name: run(lab, name))(lab)
         torch.distributed.barrier()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # nobody leaves while another still speaks
     torch.distributed.destroy_process_group()
 
 

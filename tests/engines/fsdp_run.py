@@ -250,6 +250,7 @@ def main() -> None:
         torch.distributed.barrier()
     rank = torch.distributed.get_rank()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # nobody leaves while another still speaks
     torch.distributed.destroy_process_group()
 
 

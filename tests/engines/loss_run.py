@@ -75,6 +75,7 @@ def main(out: Path) -> None:
     found = {kind: worst(kind, expected) for kind in ("ddp", "fsdp-root", "fsdp-head")}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
+    dist.barrier()  # nobody leaves while another still speaks
     dist.destroy_process_group()
 
 

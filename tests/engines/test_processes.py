@@ -18,7 +18,7 @@ import torch
 
 from sft.checkpoint import last_whole_checkpoint
 from sft.errors import UserError
-from sft.processes import check_in_touch, count, rank, say
+from sft.processes import Team, check_in_touch, count, rank, say
 
 RECIPE = """\
 model: {{name: {model}}}
@@ -193,6 +193,28 @@ def test_another_process_lets_the_first_one_speak(second, monkeypatch, capsys) -
     monkeypatch.setenv("RANK", "0")
     say(UserError("data.train: no such file"))
     assert capsys.readouterr().err == "sft: data.train: no such file\n"
+
+
+def test_a_team_leaves_together_and_once(second, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    class State:
+        def __init__(self, cpu: bool) -> None:
+            done.append("met")
+
+        def wait_for_everyone(self) -> None:
+            done.append("waited")
+
+        def destroy_process_group(self) -> None:
+            done.append("left")
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    team = Team(cpu=True)
+    assert not team.first
+    team.leave()
+    team.leave()
+    team.wait()
+    assert done == ["met", "waited", "left"]
 
 
 def test_processes_that_do_not_find_one_another_are_refused(second) -> None:
