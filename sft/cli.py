@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from sft import __version__
-from sft.commands import env, export, plan, recipes, replay, train, validate
+from sft.commands import compose, diff, env, export, inspect, plan, recipes, replay, train, validate
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Sparse fine-tuning: train a small part of a dense model, export a stock one.",
@@ -39,6 +38,9 @@ app.command()(plan.plan)
 app.command()(export.export)
 app.command()(replay.replay)
 app.add_typer(recipes.app, name="recipes")
+app.command()(inspect.inspect)
+app.command()(diff.diff)
+app.command()(compose.compose)
 app.command()(env.env)
 
 

@@ -36,12 +36,13 @@ class DeltaTuner(SparseTuner):
         self, adapter: str, config: Any, targets: dict[str, SparseLayer], *, on_meta: bool
     ) -> None:
         """Share the budget out over the targets and choose each support."""
-        counts = self._allocate(config, targets)
+        counts = self.counts(config, targets)
         for name, layer in targets.items():
             assert isinstance(layer, DeltaLayer)
             _attach(layer, name, adapter, config, counts[name], on_meta=on_meta)
 
-    def _allocate(self, config: SparseConfig, targets: dict[str, SparseLayer]) -> dict[str, int]:
+    def counts(self, config: Any, targets: dict[str, SparseLayer]) -> dict[str, int]:
+        """Return the number of weights of each target: its share of the budget."""
         shapes = {name: layer.shape for name, layer in targets.items()}
         if config.reference and config.density is not None:
             return allocate_reference(config.density, _base_numel(self.model), shapes)

@@ -10,14 +10,16 @@ bfloat16, and drop, merge and resume are exact; `reference=True` keeps their cho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sft.adapters.config import SparseConfig, require
+from sft.adapters.config import SparseConfig, is_whole, require
 from sft.adapters.deltas.layer import DeltaLayer
 from sft.adapters.deltas.reselection import Reselection, drop_and_grow, drop_and_grow_by_product
 from sft.adapters.deltas.schedule import Schedule
@@ -25,6 +27,7 @@ from sft.adapters.deltas.tuner import DeltaTuner
 from sft.adapters.deltas.window import Window, share_updates
 from sft.adapters.dynamics import Accumulators, Dynamics, SupportChange
 from sft.adapters.gathered import gathered
+from sft.adapters.layer import SparseLayer
 from sft.adapters.ranks import ALONE, Ranks
 from sft.adapters.select import seeded
 
@@ -48,6 +51,8 @@ class SpielConfig(SparseConfig):
         candidates_from: "micro_batch" chooses candidates by the first backward pass of a window;
             "update" by its first whole update, which makes them independent of gradient
             accumulation and holds a dense gradient of the targets during that update.
+        num_weights_by_module: number of weights of each target by its full name, in place of a
+            budget; their sum is `num_weights` then. `sft compose` writes it.
     """
 
     growth: str = "gradient"
@@ -58,8 +63,11 @@ class SpielConfig(SparseConfig):
     first_full: bool | None = None
     stop_fraction: float = 1.0
     candidates_from: str = "micro_batch"
+    num_weights_by_module: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.num_weights_by_module is not None:
+            self.num_weights = self._total(self.num_weights_by_module)
         super().__post_init__()
         self.peft_type = PeftType("SPIEL")
         require("growth", self.growth, self.growth in GROWTHS, ", ".join(GROWTHS))
@@ -70,6 +78,20 @@ class SpielConfig(SparseConfig):
         fits = self.growth != "momentum" or self.optimizer in ("auto", "sm3")
         require("optimizer", self.optimizer, fits, "sm3 (or auto) with growth='momentum'")
         self.schedule(total=1)
+
+    def _total(self, counts: dict[str, int]) -> int:
+        """Return the sum of the modules' counts.
+
+        Raises:
+            ValueError: one is no count, or the budget says otherwise.
+        """
+        key, known = "num_weights_by_module", bool(counts)
+        require(key, counts, known and all(map(is_whole, counts.values())), "whole numbers by name")
+        require(key, min(counts.values()), min(counts.values()) >= 1, "at least 1 a module")
+        total = sum(counts.values())
+        ok = self.num_weights in (None, total)
+        require("num_weights", self.num_weights, ok, f"{total}, the sum of {key}; or leave it out")
+        return total
 
     @property
     def suited_optimizer(self) -> str:
@@ -97,6 +119,25 @@ class SpielConfig(SparseConfig):
 
 class SpielModel(DeltaTuner):
     """PEFT tuner of SpIEL."""
+
+    def counts(self, config: Any, targets: dict[str, SparseLayer]) -> dict[str, int]:
+        """Return the number of weights of each target, as given or as the budget's share."""
+        given: dict[str, int] | None = config.num_weights_by_module
+        if given is None:
+            return super().counts(config, targets)
+        odd = sorted(given.keys() ^ targets.keys())
+        if odd:
+            raise ValueError(
+                f"num_weights_by_module: {odd[0]!r} is in only one of it and target_modules; name "
+                "the same modules in both"
+            )
+        large = [name for name, k in given.items() if k > math.prod(targets[name].shape)]
+        if large:
+            raise ValueError(
+                f"num_weights_by_module: got {given[large[0]]} for {large[0]!r}, which has "
+                f"{math.prod(targets[large[0]].shape)} weights; give at most as many"
+            )
+        return given
 
     def dynamics(self, adapter_name: str, total_steps: int) -> Dynamics | None:
         """Return the driver of drop and grow, or None with growth="none"."""

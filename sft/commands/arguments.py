@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sft.errors import UserError
 
+
+def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
+    """Complete the name of a shipped recipe, or of a YAML file, in a shell."""
+    from sft.recipe.shipped import shipped_recipes
+
+    files = sorted(Path().glob(f"{glob.escape(incomplete)}*.yaml"))
+    found = [(name, summary) for name, summary in shipped_recipes() if name.startswith(incomplete)]
+    return [*found, *((str(file), "") for file in files)]
+
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a shipped recipe.",
+        autocompletion=complete_recipe,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's.")
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", help="Hub id, folder or embedded name; default: what it was made for."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print data alone.")]
+ModulesOption = Annotated[bool, typer.Option("--modules", help="Print every module.")]
 
 
 @contextlib.contextmanager
