@@ -33,6 +33,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 def resolve(source: Source, name: str) -> Recipe:
     """Check a parsed recipe, section by section."""
     from sft.recipe.arguments import resolve_training
+    from sft.recipe.forgetting import check_forgetting
     from sft.recipe.method import resolve_method
     from sft.recipe.task import resolve_evaluation, resolve_task
     from sft.recipe.zeroth_order import resolve_zeroth_order
@@ -42,7 +43,7 @@ def resolve(source: Source, name: str) -> Recipe:
     except ValidationError as error:
         raise _first_error(source, error) from None
     recipe = recipe.model_copy(update={"task": resolve_task(recipe, source)})
-    return recipe.model_copy(
+    recipe = recipe.model_copy(
         update={
             "evaluation": resolve_evaluation(recipe, source),
             "method": resolve_method(recipe, source),
@@ -50,6 +51,8 @@ def resolve(source: Source, name: str) -> Recipe:
             "training": resolve_training(recipe, source, name),
         }
     )
+    check_forgetting(recipe, source)
+    return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from sft.run import folder as run_folder
 from sft.run.build import attached, build_trainer, train
 from sft.run.finish import export, save_adapter
 from sft.run.phases import Phases
+from sft.run.probes import Probes
 from sft.run.progress import ProgressReport
 from sft.run.put_together import is_sharding, put_together
 from sft.run.trainable import build_method
@@ -55,6 +56,7 @@ def train_from_recipe(recipe: Recipe, console: Console | None = None) -> RunResu
     job.load()
     job.build()
     before = job.measure("before")
+    job.probes.before()
     outcome = job.train()
     result = RunResult(
         job.output, before, {}, *job.counts, outcome.global_step, outcome.training_loss, None,
@@ -80,6 +82,7 @@ class Job:
     processor: Any
     model: Any
     trainer: Any
+    probes: Probes
     counts: tuple[int, int]  # trained weights, and all that they are a part of
 
     def __init__(self, recipe: Recipe, console: Console | None = None) -> None:
@@ -134,6 +137,9 @@ class Job:
                 )
             except ValueError as error:
                 raise UserError(f"training: {error}") from error
+            self.probes = Probes(self)
+            if (during := self.probes.during()) is not None:
+                self.trainer.add_callback(during)
             self.team.wait()  # for all to have looked into the folder
             if self.team.first:
                 run_folder.clear(self.output, keep_checkpoints=self.checkpoint is not None)
@@ -156,13 +162,16 @@ class Job:
             return {}
         shape = self.method.untrained if name == "before" else self.method.trained
         with self.phases.phase(name), shape(self.model):
-            found = self.task.measure(
-                self.model, self.processor, self.held_out, self.data.format, spec, self._longest
-            )
+            found = self.judge(self.model)
             change = {key: f" (was {value:.4f})" for key, value in (former or {}).items()}
             shown = ", ".join(f"{k} {value:.4f}{change.get(k, '')}" for k, value in found.items())
             self.phases.note(f"{shown} on {len(self.held_out)} held-out examples")
         return found
+
+    def judge(self, model: Any) -> dict[str, float]:
+        """Return the metrics of a model on the held-out rows."""
+        given = (model, self.processor, self.held_out, self.data.format)
+        return self.task.measure(*given, self.recipe.evaluation, self.longest)
 
     def train(self) -> Any:
         """Train, and leave the terminal tidy whatever happens."""
@@ -195,12 +204,12 @@ class Job:
         if self.trainer.offloaded_base is not None and self.recipe.export.merged:
             self.trainer.offloaded_base.close()  # merging writes to the weights
             self.model.to("cpu")
-        after = self.measure("after", result.before)
+        after, probed = self.measure("after", result.before), self.probes.after()
         if self.team.first:
             difference = export(self)
         result = dataclasses.replace(result, after=after, max_logit_difference=difference)
         if self.team.first:
-            notes = {"versions": versions(), "recipe": self.recipe.model_dump()}
+            notes = {**probed, "versions": versions(), "recipe": self.recipe.model_dump()}
             run_folder.write_record(self.output, dataclasses.asdict(result) | notes)
         return result
 
@@ -209,10 +218,10 @@ class Job:
         size = self.recipe.evaluation.batch_size
         rows = self.held_out if self.held_out is not None else _first(self.data.train, 2 * size)
         given = (self.model, self.processor, rows, self.data.format)
-        return self.task.probe(*given, size, self._longest)
+        return self.task.probe(*given, size, self.longest)
 
     @property
-    def _longest(self) -> int:
+    def longest(self) -> int:
         """Tokens that training keeps of a row."""
         return self.recipe.training.get("max_length", 1024) or 10**9
 
