@@ -14,7 +14,7 @@ quickstart bench bench-runs: export MALLOC_TRIM_THRESHOLD_ := 8000000000
 quickstart bench bench-runs: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick test-engines test-gpu lint types conformance bench bench-runs clean distclean
+.PHONY: help env quickstart test test-quick test-engines test-gpu lint types conformance bench bench-runs docs clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -69,8 +69,11 @@ bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and wri
 	@$(PHASE) memory $(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/report.py
 
+docs: env  ## build the site into docs/_build
+	@$(PHASE) docs $(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
 clean:  ## remove caches and build products, keep .venv and runs
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

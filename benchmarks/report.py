@@ -28,6 +28,7 @@ PLAN = HERE.parent / "docs/plan.md"
 MEMORY = HERE.parent / "docs/memory.md"
 PERFORMANCE = HERE.parent / "docs/performance.md"
 README = HERE.parent / "README.md"
+CHOOSING = HERE.parent / "docs/choosing.md"
 START, END = "<!-- from benchmarks/report.py -->\n", "<!-- end -->"
 
 HEADER = """# Benchmarks
@@ -279,9 +280,9 @@ trains every layer can undercut; where no density is given, with as many trained
 """
 
 
-def readme() -> str:
-    """Return the README with its figures brought up to date."""
-    before, _, rest = README.read_text().partition(START)
+def with_summary(path: Path) -> str:
+    """Return a page with its figures brought up to date."""
+    before, _, rest = path.read_text().partition(START)
     return before + START + summary() + END + rest.partition(END)[2]
 
 
@@ -295,7 +296,8 @@ def pages() -> dict[Path, str]:
         if "memory" in found
         else {}
     )
-    return {PAGE: page(), PERFORMANCE: performance, README: readme(), **plan, **memory}
+    short = {path: with_summary(path) for path in (README, CHOOSING)}
+    return {PAGE: page(), PERFORMANCE: performance, **short, **plan, **memory}
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_the_versions_agree() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_named_commands_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
-    named = set(re.findall(r"(?:^ +|`)make ([a-z-]+)", text(page), re.MULTILINE))
+    named = set(re.findall(r"(?:^ +|`|^```bash\n)make ([a-z-]+)", text(page), re.MULTILINE))
     assert named <= targets, named - targets
 
 
@@ -61,7 +61,7 @@ def test_named_files_exist(page: str) -> None:
 
 
 def test_the_readme_names_the_two_commands() -> None:
-    assert {"quickstart", "test"} <= set(re.findall(r"^ +make ([a-z-]+)", text("README.md"), re.M))
+    assert {"quickstart", "test"} <= set(re.findall(r"^make ([a-z-]+)", text("README.md"), re.M))
 
 
 def test_ci_runs_the_suite() -> None:

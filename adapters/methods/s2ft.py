@@ -66,7 +66,7 @@ class S2FTConfig(PeftConfig):  # type: ignore[misc]
             get different numbers of them, as in the authors' code.
         attention_unit: "heads"; "channels", single input features of o; "vo_channels", dimensions
             that v and o share; or "auto": channels where o is trained alone, else heads.
-        selection: "random", "weight" (norm of the consumer's column), "activation" (mean |h|),
+        selection: "random", "weight" (norm of the consumer's column), "activation" (mean ``|h|``),
             "product" (norm times root mean h^2), "gradient"; the last three read batches first.
         selection_order: prefer the "smallest" (the paper's best) or the "largest" scores.
         calibration_batches: how many batches these read; by default 1 % of the training batches.

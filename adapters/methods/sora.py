@@ -53,7 +53,7 @@ class SoRAConfig(PeftConfig):  # type: ignore[misc]
         last_strength: strength of the last stage.
         strength_path: "linear", "geometric" or "log_linear" from the first to the last.
         first_stage_share: share of the run that the first stage takes; by default all are equal.
-        l1: weight of mean |gate| in the training loss, the authors' sparse_lambda.
+        l1: weight of mean ``|gate|`` in the training loss, the authors' sparse_lambda.
         prox: "soft", the exact operator, or "reference", that of the authors' code.
         threshold: "lr", learning rate * strength, or "absolute", the strength itself.
         gate_init: "normal" for N(0, 1), or the number that every gate starts at.
