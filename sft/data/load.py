@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sft.data.cmudict import EMBEDDED, load_embedded
 from sft.data.files import read_file
 from sft.errors import UserError
 from sft.recipe.schema import DataSpec
@@ -35,7 +36,7 @@ def load_data(spec: DataSpec, seed: int) -> Examples:
     Raises:
         UserError: When a file is missing, malformed, empty, or has no columns that we know.
     """
-    if spec.train == "cmudict":
+    if spec.train in EMBEDDED:
         train, held_out = _embedded(spec)
     else:
         train, held_out = _local(spec, seed)
@@ -81,12 +82,12 @@ def _local(spec: DataSpec, seed: int) -> tuple[Any, Any | None]:
 
 def _embedded(spec: DataSpec) -> tuple[Any, Any]:
     """Read the embedded words; which of them are held out is fixed in the file."""
-    from sft.data.cmudict import load_cmudict
-
     for key in ("eval", "eval_fraction"):
         if getattr(spec, key) is not None:
-            raise UserError(f"data.{key}: 'cmudict' brings its own held-out words; remove the key")
-    train, held_out = load_cmudict()
+            raise UserError(
+                f"data.{key}: {spec.train!r} brings its own held-out words; remove the key"
+            )
+    train, held_out = load_embedded(spec.train)
     if spec.eval_examples is not None:
         held_out = held_out.select(range(min(spec.eval_examples, len(held_out))))
     return train, held_out
