@@ -1,10 +1,11 @@
-"""Two processes that compute one loss in chunks, under DDP and FSDP2; writes what they found."""
+"""Two processes that compute one loss in chunks, under DDP and FSDP2, by hand and in a trainer."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,12 +68,50 @@ def worst(kind, expected):
     return found
 
 
+def trained(out: Path, *, chunked: bool) -> dict[str, Any]:
+    """Train on rows of unequal labels by plain gradients, whose size shows in the weights."""
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from sft import SparseTrainer
+
+    rows = [batch(rank) for rank in (0, 1, 1, 0)]
+    columns = {key: torch.cat([row[key] for row in rows]).tolist() for key in rows[0]}
+    arguments = TrainingArguments(
+        str(out.parent / "trained"), use_cpu=True, max_steps=2, per_device_train_batch_size=1,
+        gradient_accumulation_steps=2, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
+        report_to=[], disable_tqdm=True, logging_steps=1, save_strategy="no", seed=3,
+    )  # fmt: skip
+    trainer = SparseTrainer(
+        model=build(), args=arguments, train_dataset=Dataset.from_dict(columns),
+        chunked_loss=chunked,
+    )  # fmt: skip
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"losses": losses, "weights": list(trainer.model.state_dict().values())}
+
+
+def in_a_trainer(out: Path) -> dict[str, Any]:
+    """Return how far training in chunks ends from training on whole logits, and how far it went."""
+    whole, chunked = (trained(out, chunked=chunked) for chunked in (False, True))
+    ends, start = zip(whole["weights"], chunked["weights"], strict=True), build().state_dict()
+    moved = zip(whole["weights"], start.values(), strict=True)
+    return {
+        "losses": [whole["losses"], chunked["losses"]],
+        "apart": max(float((a - b).abs().max()) for a, b in ends),
+        "moved": max(float((a - b).abs().max()) for a, b in moved),
+        "processes": dist.get_world_size(),
+    }
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     alone = build()
     (sum(alone(**batch(rank)).loss for rank in (0, 1)) / 2).backward()
     expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
-    found = {kind: worst(kind, expected) for kind in ("ddp", "fsdp-root", "fsdp-head")}
+    kinds = ("ddp", "fsdp-root", "fsdp-head")
+    found: dict[str, Any] = {kind: worst(kind, expected) for kind in kinds}
+    found["trainer"] = in_a_trainer(out)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.barrier()  # nobody leaves while another still speaks

@@ -29,3 +29,12 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp-root", "fsdp-head"])
 def test_gradients_are_those_of_one_process(found, kind) -> None:
     assert found[kind] < 1e-6
+
+
+def test_a_trainer_in_chunks_ends_where_one_on_whole_logits_does(found) -> None:
+    """The mean is over the labels of all ranks, by each of which the gradients are divided."""
+    seen = found["trainer"]
+    assert seen["processes"] == 2
+    whole, chunked = seen["losses"]
+    assert len(whole) == 2 and chunked == pytest.approx(whole, abs=1e-4)  # shown in 4 digits
+    assert seen["apart"] < 1e-5 < 1e-2 < seen["moved"]

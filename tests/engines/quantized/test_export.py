@@ -61,6 +61,18 @@ def test_dequantised_is_exactly_what_was_trained(lab, method):
     assert not any(packing(module) for module in merged.modules())
 
 
+@pytest.mark.parametrize("method", ["spiel", "lora"])
+def test_an_adapter_that_is_off_adds_nothing(lab, method):
+    model = lab.adapt(lab.packed(FORMS["nf4"]), METHODS[method], moved=SIZE)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    base, on = dequantised(layer.get_base_layer()), trained_weight(layer)
+    assert not torch.equal(on, base)
+    with model.disable_adapter():
+        assert torch.equal(trained_weight(layer), base)
+    assert torch.equal(trained_weight(layer), on)
+    assert torch.equal(dequantised(layer.get_base_layer()), base), "what is read is not written to"
+
+
 def test_dequantised_is_rounded_once(lab):
     model = lab.adapt(lab.packed(FORMS["nf4"], dtype="bfloat16"), METHODS["spiel"], moved=SIZE)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
