@@ -14,7 +14,7 @@ quickstart bench bench-runs: export MALLOC_TRIM_THRESHOLD_ := 8000000000
 quickstart bench bench-runs: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-quick test-engines test-gpu lint types conformance bench bench-runs docs clean distclean
+.PHONY: help env quickstart test test-quick test-engines test-recipes test-gpu lint types conformance bench bench-runs docs clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
@@ -27,15 +27,19 @@ quickstart: env  ## fine-tune a small model on the CPU with the shipped recipe
 
 test: lint types  ## ruff, mypy --strict, the whole suite
 	@echo "== tests: the whole suite"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not engines"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not engines and not recipes"
 
 test-quick: env  ## the suite without the tests marked slow
 	@echo "== tests: all but the slow ones"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not engines"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not engines and not recipes"
 
 test-engines: env  ## sharded runs, offload and quantised bases end to end (slow)
 	@echo "== tests: engines"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
+
+test-recipes: env  ## every small recipe, whole, on the real model (about 25 minutes)
+	@echo "== tests: recipes"
+	@$(BIN)/python -m pytest -m recipes --durations 0 tests/recipes
 
 test-gpu: env  ## the cases of every kernel on this machine's GPU
 	@echo "== tests: kernels on the GPU"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sft.evaluation.spec import EvaluationSpec, ForgettingSpec
+from sft.recipe.expected import ExpectedSpec
 from sft.recipe.section import Section
 
 
@@ -138,6 +139,9 @@ class Recipe(Section):
     export: ExportSpec = Field(default_factory=ExportSpec)
     offload: OffloadSpec | None = Field(
         default=None, description="keep weights or optimizer state off the device"
+    )
+    expected: ExpectedSpec | None = Field(
+        default=None, description="what a run ends with and takes; told when it does not"
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     overwrite: bool = Field(default=False, description="replace a run found in output_dir")

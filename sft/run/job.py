@@ -12,6 +12,7 @@ from sft.data.load import Examples, load_data
 from sft.environment import check_kernels, versions
 from sft.errors import UserError
 from sft.processes import Team
+from sft.recipe.expected import broken
 from sft.recipe.load import to_yaml
 from sft.recipe.schema import Recipe
 from sft.run import folder as run_folder
@@ -209,9 +210,16 @@ class Job:
             difference = export(self)
         result = dataclasses.replace(result, after=after, max_logit_difference=difference)
         if self.team.first:
+            self._compare(after)
             notes = {**probed, "versions": versions(), "recipe": self.recipe.model_dump()}
             run_folder.write_record(self.output, dataclasses.asdict(result) | notes)
         return result
+
+    def _compare(self, after: dict[str, float]) -> None:
+        """Say where the run stays behind what its recipe expects."""
+        expected = self.recipe.expected
+        for line in [] if expected is None else broken(expected.metrics, after):
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def probe(self) -> Any:
         """Return inputs for the comparison of logits: held-out ones, or else training ones."""
