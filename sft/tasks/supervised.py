@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from sft.data.encode import Encoded, encode
 from sft.data.load import Examples
+from sft.evaluation import language
 from sft.evaluation.batches import held_out_batches
-from sft.evaluation.metrics import evaluate
 from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
@@ -24,7 +24,7 @@ class Supervised:
     summary: ClassVar[str] = "a language model learns completions, replies, or text"
     peft_type: ClassVar[str] = "CAUSAL_LM"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text")
-    metrics: ClassVar[tuple[str, ...]] = ("nll", "perplexity", "token_error_rate", "exact_match")
+    metrics: ClassVar[tuple[str, ...]] = language.NAMES
     measured: ClassVar[tuple[str, ...]] = ("nll",)
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
 
@@ -64,10 +64,7 @@ class Supervised:
         self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
     ) -> dict[str, float]:
         """Measure completions: likelihood of the right ones, error rates of the greedy ones."""
-        return evaluate(
-            model, processor, _encoded(rows, format, processor, longest), spec.metrics or (),
-            max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size,
-        )  # fmt: skip
+        return language.measure(model, processor, rows, format, spec, longest)
 
     def probe(
         self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int
