@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from sft import __version__
-from sft.commands import compose, diff, env, export, inspect, plan, recipes, replay, train, validate
+from sft.commands import (
+    compose,
+    diff,
+    env,
+    export,
+    inspect,
+    plan,
+    recipes,
+    replay,
+    schema,
+    train,
+    validate,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +54,8 @@ app.add_typer(recipes.app, name="recipes")
 app.command()(inspect.inspect)
 app.command()(diff.diff)
 app.command()(compose.compose)
+app.command()(verify.verify)
+app.command()(schema.schema)
 app.command()(env.env)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,11 +14,10 @@ from sft.errors import UserError
 
 def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
     """Complete the name of a shipped recipe, or of a YAML file, in a shell."""
-    from sft.recipe.shipped import shipped_recipes
+    from sft.commands.recipes import complete_name
 
-    files = sorted(Path().glob(f"{glob.escape(incomplete)}*.yaml"))
-    found = [(name, summary) for name, summary in shipped_recipes() if name.startswith(incomplete)]
-    return [*found, *((str(file), "") for file in files)]
+    files = sorted(glob.glob(f"{glob.escape(incomplete)}*.yaml"))
+    return [*complete_name(incomplete), *((file, "") for file in files)]
 
 
 RecipeArgument = Annotated[

@@ -10,12 +10,39 @@ import typer
 from sft.commands.arguments import user_errors
 from sft.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, help="List, show and copy the shipped recipes.")
+app = typer.Typer(help="List the shipped recipes; show or copy one.")
+
+
+def complete_name(incomplete: str) -> list[tuple[str, str]]:
+    """Complete the name of a shipped recipe in a shell."""
+    from sft.recipe.shipped import shipped_recipes
+
+    return [(name, text) for name, text in shipped_recipes() if name.startswith(incomplete)]
+
+
+NameArgument = Annotated[
+    str, typer.Argument(help="Name of a shipped recipe.", autocompletion=complete_name)
+]
+
+
+@app.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
+    """List the shipped recipes; show or copy one.
+
+    Examples:
+        sft recipes
+
+        sft recipes show quickstart
+
+        sft recipes copy quickstart my.yaml
+    """
+    if context.invoked_subcommand is None:
+        list_recipes()
 
 
 @app.command("list")
 def list_recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, a line each."""
     from sft.recipe.shipped import shipped_recipes
 
     found = shipped_recipes()
@@ -25,7 +52,7 @@ def list_recipes() -> None:
 
 
 @app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+def show_recipe(name: NameArgument) -> None:
     """Print a shipped recipe, comments and all."""
     with user_errors():
         from sft.recipe.shipped import find_recipe
@@ -35,7 +62,7 @@ def show_recipe(name: Annotated[str, typer.Argument(help="Name of a shipped reci
 
 @app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    name: NameArgument,
     destination: Annotated[Path, typer.Argument(help="File or folder to write.")] = Path("."),
 ) -> None:
     """Copy a shipped recipe, to make it your own; an existing file is never replaced."""
