@@ -1,8 +1,10 @@
-"""Tiny models, and a gauge of the largest tensor an operation produces."""
+"""Tiny models, a gauge of the largest tensor an operation produces, and ranks that are threads."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,3 +88,70 @@ def largest_tensor() -> Callable[[Callable[[], Any]], int]:
         return gauge.largest
 
     return measure
+
+
+class Seat:
+    """One of several ranks that are threads: `sft.adapters.ranks.Ranks` without processes."""
+
+    def __init__(self, table: Any, rank: int) -> None:
+        self._table, self.rank, self.count = table, rank, table.count
+
+    def mean(self, tensor: Any) -> Any:
+        import torch
+
+        laid = self._table.exchange(self.rank, tensor.detach().clone())
+        return torch.stack(laid).sum(0) / self.count
+
+    def gather(self, numbers: Any) -> list[list[float]]:
+        return [list(row) for row in self._table.exchange(self.rank, list(numbers))]
+
+    def check_alike(self, what: str, checksum: int) -> None:
+        found = self._table.exchange(self.rank, checksum)
+        if len(set(found)) > 1:
+            raise RuntimeError(f"{what}: differs between the ranks")
+
+
+class Table:
+    """Where all ranks lay something down, then take up what each has laid."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._laid = count, [None] * count
+        self._meet = threading.Barrier(count, timeout=5)
+
+    def exchange(self, rank: int, what: Any) -> list[Any]:
+        self._laid[rank] = what
+        self._meet.wait()
+        found = list(self._laid)
+        self._meet.wait()
+        return found
+
+    def leave(self) -> None:
+        """Let nobody wait for one that has failed."""
+        self._meet.abort()
+
+
+@pytest.fixture
+def together() -> Callable[..., list[Any]]:
+    """Run a function of one rank in several at once; a collective that one leaves out fails."""
+
+    def run(part: Callable[[Any], Any], count: int = 2) -> list[Any]:
+        table = Table(count)
+
+        def seated(rank: int) -> Any:
+            try:
+                return part(Seat(table, rank))
+            except BaseException:
+                table.leave()
+                raise
+
+        with ThreadPoolExecutor(count) as pool:
+            futures = [pool.submit(seated, rank) for rank in range(count)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    return run
