@@ -81,6 +81,41 @@ def test_sums_of_half_precision_are_float32(dtype) -> None:
     assert error < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+def test_a_bias_of_half_precision_sums_its_gradient_in_float32() -> None:
+    x, weight, b, targets = inputs(n=600, d=16, vocabulary=50, dtype=torch.bfloat16)
+    linear_cross_entropy(x, weight, b, targets, rows=1).backward()
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, b)]
+    linear_cross_entropy_reference(*wide, targets).backward()
+    assert b.grad.dtype == torch.bfloat16
+    assert (b.grad - wide[2].grad).norm() / wide[2].grad.norm() < 4e-3
+
+
+def test_logits_far_from_zero_stay_finite() -> None:
+    x, weight, b, targets = inputs(dtype=torch.float32)
+    for shift in (-1e4, 1e4):
+        moved = (x, weight, b + shift)  # of all logits: nothing changes but rounding
+        wanted = linear_cross_entropy(x, weight, b, targets)
+        assert linear_cross_entropy(*moved, targets).item() == pytest.approx(wanted.item(), abs=0.1)
+
+
+@pytest.mark.parametrize("asked", ["no grad", "frozen", "trained"])
+def test_a_gradient_that_nobody_reads_is_not_made(asked) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, b, targets = inputs()
+    if asked == "frozen":
+        x, weight, b = x.detach(), weight.detach(), b.detach()
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(asked != "no grad"):
+        linear_cross_entropy(x, weight, b, targets)
+    product = 2 * x.shape[0] * weight.numel()
+    assert (counter.get_total_flops() > product) == (asked == "trained")
+
+
+def test_a_chunk_has_a_row_at_least() -> None:
+    assert chunk_rows(2 * CHUNK_ENTRIES) == 1
+    assert chunk_rows(3) == CHUNK_ENTRIES // 3
+
+
 def test_autocast_takes_products_in_half_precision() -> None:
     x, weight, b, targets = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
