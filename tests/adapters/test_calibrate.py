@@ -78,3 +78,74 @@ def test_ranks_of_unequal_labels_choose_as_one_that_reads_all(name, request, tog
     for found in together(lambda ranks: choose([parts[ranks.rank]], ranks=ranks)):
         assert found.keys() == alone.keys()
         assert all(torch.equal(found[n], alone[n]) for n in alone)
+
+
+# -- one process ---------------------------------------------------------------------------------
+
+
+def pending(model, batches=2, **fields):
+    config = SpielConfig(
+        target_modules=["q_proj"], density=0.05, selection="gradient", growth="none",
+        calibration_batches=batches, **fields,
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def stream(count, labels=LABELS):
+    """Batches of a stream, which has no length, and what was read of it."""
+    read = []
+
+    def batches():
+        for seed in range(count):
+            read.append(seed)
+            yield batch(seed, labels)
+
+    return batches(), read
+
+
+def test_as_many_batches_are_read_as_the_configuration_says(llama) -> None:
+    batches, read = stream(5)
+    assert calibrate(pending(llama()), batches) == 2
+    assert read == [0, 1]
+
+
+def test_gradients_reach_no_parameter_where_an_engine_counts_them(llama) -> None:
+    supports = []
+    for accumulate in (True, False):
+        model, reached = pending(llama()), []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(reached.append)
+        calibrate(model, stream(2)[0], accumulate=accumulate)
+        assert bool(reached) == accumulate
+        supports.append([b.clone() for n, b in model.named_buffers() if "indices" in n])
+    assert supports[0] and all(torch.equal(a, b) for a, b in zip(*supports, strict=True))
+
+
+def test_a_support_that_is_trained_is_not_undone(llama) -> None:
+    model = pending(llama())
+    calibrate(model, stream(2)[0])
+    calibrate(model, stream(2)[0])
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad)[-1] = 1.0
+    with pytest.raises(ValueError, match=r"^calibration: adapter 'default' is trained already"):
+        calibrate(model, stream(2)[0])
+
+
+def test_what_gives_no_gradient_is_refused_and_nobody_listens_on(llama) -> None:
+    for batches, message in {
+        "none": (stream(0)[0], "got no batches"),
+        "no labels": ([{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], "give no loss"),
+        "fails": ([{"input_ids": torch.full((1, 4), 99)}], "index out of range"),
+    }.values():
+        model = pending(llama())
+        with pytest.raises((ValueError, IndexError), match=message):
+            calibrate(model, batches)
+        layers = [m for m in model.modules() if hasattr(m, "site")]
+        assert layers and all(layer.site("default").tap is None for layer in layers)
+
+
+def test_a_selection_that_reads_nothing_is_refused(llama) -> None:
+    model = get_peft_model(llama(), SpielConfig(density=0.05, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"^selection: got 'random', which reads no batches"):
+        calibrate(model, stream(1)[0])
