@@ -8,12 +8,15 @@ import typer
 
 from sft import __version__
 from sft.commands import (
+    chat,
     compose,
     diff,
     env,
+    eval,
     export,
     inspect,
     plan,
+    plot,
     recipes,
     replay,
     schema,
@@ -48,6 +51,8 @@ def _main(
 app.command()(train.train)
 app.command()(validate.validate)
 app.command()(plan.plan)
+app.command("eval")(eval.evaluate)
+app.command()(chat.chat)
 app.command()(export.export)
 app.command()(replay.replay)
 app.add_typer(recipes.app, name="recipes")
@@ -56,6 +61,7 @@ app.command()(diff.diff)
 app.command()(compose.compose)
 app.command()(verify.verify)
 app.command()(schema.schema)
+app.command()(plot.plot)
 app.command()(env.env)
 
 
