@@ -32,7 +32,7 @@ def scaled(held, factor):
             parameter.grad *= factor
 
 
-FIRST, SECOND = [1.0, -8.0, 2.0, 0.0], [4.0, 0.0, 0.0, 0.0]
+FIRST, SECOND = [-1.0, -8.0, 0.0, 0.0], [4.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("owner", [GradientScale, ShardScale])
@@ -46,8 +46,13 @@ def test_the_factor_of_an_update_and_of_the_next(owner) -> None:
         backward(held, FIRST, SECOND)  # of a second micro-batch
         scaled(held, factor)
         assert scale.read() == 1 / factor
+    held[0].grad = held[1].grad = None
+    backward(held, None, SECOND)  # whichever is reached first is probed anew
+    scaled(held, 0.5)
+    assert scale.read() == 2.0
     scale.close()
     backward(held, FIRST, SECOND)
+    scaled(held, 0.5)
     assert scale.read() == 1.0, "it listens no more"
 
 
@@ -135,7 +140,7 @@ def test_gradients_are_noted_when_deepspeed_steps() -> None:
         backward(held, FIRST, SECOND)
         scaled(held, factor)
         stock.step()
-        stock.zero_grad()
+        stock.zero_grad(set_to_none=False)
         assert scale.read() == 1 / factor
     stock.step()
     assert scale.read() == 1.0, "nothing was probed"
