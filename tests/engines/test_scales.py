@@ -144,6 +144,8 @@ def test_gradients_are_noted_when_deepspeed_steps() -> None:
         assert scale.read() == 1 / factor
     stock.step()
     assert scale.read() == 1.0, "nothing was probed"
+    backward(held, SECOND, FIRST)
+    assert scale.read() == 1.0, "it did not step, and of another update nothing is left"
     scale.close()
     backward(held, FIRST, SECOND)
     scaled(held, 0.5)
