@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sft.adapters import registry
 from sft.errors import UserError, one_line
 from sft.models import load_config, locate
 from sft.recipe.schema import ModelSpec
@@ -57,10 +58,12 @@ class Opened:
 
     def layers(self) -> dict[str, Any]:
         """Return the layers that carry the adapter, by their names in the base model."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         return {
             name: module
             for name, module in self.model.get_base_model().named_modules()
-            if hasattr(module, "adapter_layer_names") and self._carries(module)
+            if isinstance(module, BaseTunerLayer) and self._carries(module)
         }
 
     def change(self, name: str) -> Change:
@@ -123,8 +126,6 @@ def open_adapter(folder: Path, base: str | None = None) -> Opened:
     """
     from peft import PeftModel
 
-    from sft.adapters import registry
-
     registry.register_all()
     place = find_adapter(folder)
     settings = read_settings(place)
@@ -152,12 +153,15 @@ def _shapes(place: Path, settings: dict[str, Any], name: str) -> Any:
             model = owner.from_config(config) if hasattr(owner, "from_config") else owner(config)
     except ValueError as error:
         raise UserError(f"{place}: does not fit {name}: {one_line(error)[:300]}") from error
+    # half precision has no fingerprint, so that an adapter of ours fits whatever base it was made
+    # for; PEFT's own methods would take the base's type
+    ours = str(settings.get("peft_type", "")).lower() in registry.method_names()
+    empty = torch.zeros((), dtype=torch.float16 if ours else torch.float32)
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            # not on the meta device, where PEFT would move the adapter as well; half precision has
-            # no fingerprint, so that an adapter fits whatever base it was made for
-            empty = torch.zeros((), dtype=torch.float16).expand(parameter.shape)
-            module.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+            # not on the meta device, where PEFT would move the adapter as well
+            held = nn.Parameter(empty.expand(parameter.shape), requires_grad=False)
+            module.register_parameter(key, held)
     model.tie_weights()
     model.name_or_path = locate(spec, "--base")
     return model
@@ -167,14 +171,12 @@ def _class_of(settings: dict[str, Any], config: Any) -> Any:
     """Return the class of the model that the adapter was made for."""
     import transformers
 
-    mapping = settings.get("auto_mapping") or {}
-    architecture = (
-        mapping.get("base_model_class") or (getattr(config, "architectures", None) or [""])[0]
-    )
     head = _HEADS.get(settings.get("task_type") or "")
-    if head is not None:
-        return getattr(transformers, head)
-    return getattr(transformers, architecture, transformers.AutoModel)
+    if head is None:
+        head = (settings.get("auto_mapping") or {}).get("base_model_class")
+    if head is None:
+        head = next(iter(getattr(config, "architectures", None) or ()), "")
+    return getattr(transformers, head, transformers.AutoModel)
 
 
 def _labels(place: Path, settings: dict[str, Any]) -> int | None:
