@@ -114,10 +114,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return not isinstance(self.merge_region(name), Whole)
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return exact float32 factors A (r, in), B (out, r) with y = base(x) + x A^T B^T.
+        """Return exact float32 A (r, in), B (out, r) with y = base(x) + x A^T B^T, if there are."""
+        return None
 
-        None where the adapter's delta is not of low rank.
-        """
+    def open_ranks(self, name: str) -> int | None:
+        """Return how many ranks are in use, or None where that does not change in training."""
         return None
 
     def support(self, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from sft.adapters.gates.resize import resize_
+from sft.adapters.gathered import gathered
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import SparseLayer
 from sft.adapters.region import Region, Whole
@@ -113,6 +114,11 @@ class GatedLinear(SparseLayer):
         dropped = self._dropped(x, name)
         x = x if dropped is None else dropped
         return gated_delta(x, self.sora_A[name], self.sora_B[name], gate, self.scale[name])
+
+    def open_ranks(self, name: str) -> int | None:
+        """Return how many gates are not 0."""
+        with gathered([self.sora_gate[name]]):
+            return int(self.sora_gate[name].detach().count_nonzero())
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return A (r, in) and s B diag(gate) (out, r) of the ranks whose gate is not 0."""
