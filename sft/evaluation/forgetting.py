@@ -28,7 +28,7 @@ class Judged:
 class Forgetting:
     """Reads the same text with the base and with what becomes of it.
 
-    Of the base, the likeliest tokens of each position stay in memory: 2 KiB a token. So neither a
+    Of the base, the likeliest tokens of each position stay in memory: 8 KiB a token. So neither a
     second model nor a way back to the first one is needed, whatever is trained.
 
     Args:

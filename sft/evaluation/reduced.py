@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KEPT = 256  # tokens of a distribution
+KEPT = 1024  # tokens of a distribution
 _LEAST = 1e-9  # mass that float32 logits do not tell from none
 
 

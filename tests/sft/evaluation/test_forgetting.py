@@ -163,4 +163,4 @@ def test_the_shipped_text_is_long_enough_and_plain():
     assert len(text) > 30_000
     assert text.isascii()
     assert "<" not in text
-    assert forgetting.KEPT == 256
+    assert forgetting.KEPT == 1024
