@@ -15,6 +15,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "SparseTrainer": "sft.trainer",
     "SparseTrainingMixin": "sft.trainer",
+    "SparseSFTTrainer": "sft.trainers.supervised",
+    "SparseDPOTrainer": "sft.trainers.preference",
+    "SparseGRPOTrainer": "sft.trainers.policy",
+    "SparseRewardTrainer": "sft.trainers.reward",
+    "SparseSeq2SeqTrainer": "sft.trainers.seq2seq",
     "SparseCallback": "sft.driver",
     "ZerothOrderConfig": "sft.optim.zeroth_order.config",
     "OffloadConfig": "sft.offload.config",

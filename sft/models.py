@@ -13,13 +13,24 @@ from sft.quantization import loading_arguments
 from sft.recipe.schema import ModelSpec
 
 
-def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = None) -> Any:
+def load_model(
+    spec: ModelSpec,
+    key: str = "model.name",
+    device: str | None = None,
+    *,
+    kind: Any = None,
+    config: Any = None,
+    missing: list[str] | None = None,
+) -> Any:
     """Load the model named by a recipe, in eval mode, on the CPU.
 
     Args:
         spec: The `model:` section. Code shipped with a model runs only with `trust_remote_code`.
         key: What an error calls the name: where the user gave it.
         device: Where a quantised model goes, which stays there; default: this process's GPU.
+        kind: Class to load; default: a causal language model of the right architecture.
+        config: In place of the saved one: with other labels, for example.
+        missing: Takes the names of the parameters that are not in the files: they are random.
 
     Raises:
         UserError: When the model cannot be found, does not load, or cannot be packed.
@@ -31,9 +42,14 @@ def load_model(spec: ModelSpec, key: str = "model.name", device: str | None = No
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
     dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
     how = {"dtype": dtype, **extra}
+    if config is not None:  # a head for other labels starts anew
+        how |= {"config": config, "ignore_mismatched_sizes": True}
     if spec.quantization is not None:
         how |= loading_arguments(spec, load_config(spec, key), device)
-    model = _load(AutoModelForCausalLM, spec, key, **how)
+    found = _load(kind or AutoModelForCausalLM, spec, key, output_loading_info=True, **how)
+    model = found[0]
+    if missing is not None:
+        missing[:] = _random(model, found[1])
     try:
         check_unpacks(model)
     except ValueError as error:
@@ -70,6 +86,13 @@ def load_tokenizer(spec: ModelSpec, key: str = "model.name") -> Any:
     return tokenizer
 
 
+def load_image_processor(spec: ModelSpec, key: str = "model.name") -> Any:
+    """Load the model's image processor."""
+    from transformers import AutoImageProcessor
+
+    return _load(AutoImageProcessor, spec, key)
+
+
 def locate(spec: ModelSpec, key: str = "model.name") -> str:
     """Return the folder or hub id behind a name; an embedded model is converted on first use."""
     if spec.name in embedded.MODELS:
@@ -80,6 +103,15 @@ def locate(spec: ModelSpec, key: str = "model.name") -> str:
     if path.is_absolute() or spec.name.startswith((".", "~")):
         raise UserError(f"{key}: {spec.name}: no such folder")
     return spec.name
+
+
+def _random(model: Any, info: dict[str, Any]) -> list[str]:
+    """Return the parameters that loading left as they were initialised."""
+    other_size = [
+        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
+    ]
+    names = {name for name, _ in model.named_parameters()}
+    return sorted(names & {*info["missing_keys"], *other_size})
 
 
 def _load(auto: Any, spec: ModelSpec, key: str = "model.name", **extra: Any) -> Any:

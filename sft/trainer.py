@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    PeftConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -37,6 +32,7 @@ from sft.optimizer_name import optimizer_name
 from sft.parameter_groups import split_groups
 from sft.precision import keep_precision, trained_tensors
 from sft.processes import check_in_touch
+from sft.reference import ReferenceMixin
 from sft.rotation import RotateCheckpoints, RotationMixin
 from sft.stages import stage_ends, staged_scheduler
 from sft.updates import per_layer, wants_per_layer
@@ -44,7 +40,9 @@ from sft.zeroth_order.log import ZerothOrderLogCallback
 from sft.zeroth_order.training import ZerothOrder
 
 
-class SparseTrainingMixin(EngineMixin, RotationMixin, ChunkedLossMixin, OffloadMixin):
+class SparseTrainingMixin(
+    EngineMixin, ReferenceMixin, RotationMixin, ChunkedLossMixin, OffloadMixin
+):
     """Put before a Trainer class: `class MyTrainer(SparseTrainingMixin, trl.SFTTrainer)`.
 
     Adds the sparse callback, the optimizer the method asks for, checkpoints that are known to be
@@ -78,13 +76,12 @@ class SparseTrainingMixin(EngineMixin, RotationMixin, ChunkedLossMixin, OffloadM
         given_model = kwargs.get("model", args[0] if args else None)
         settings = kwargs.get("args", args[1] if len(args) > 1 else None)
         self._begin_offload(offload, given_model, settings, kwargs.get("peft_config"))
-        known = set(getattr(given_model, "peft_config", ()))
+        self._expect_reference(given_model)
         trained = trained_tensors(given_model)
         super().__init__(*args, **kwargs)
         self._chunk_loss(chunked_loss)
         keep_precision(self.model, trained)
-        if known and "ref" not in known:
-            _copy_reference(self.model)
+        self._settle_reference()
         given = [c for c in self.callback_handler.callbacks if isinstance(c, SparseCallback)]
         self.sparse_callback = given[0] if given else SparseCallback()
         if not given:
@@ -268,17 +265,6 @@ class SparseTrainer(SparseTrainingMixin, Trainer):  # type: ignore[misc]
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         super().__init__(model, args, *rest, **kwargs)
-
-
-def _copy_reference(model: nn.Module) -> None:
-    """Let the adapter "ref", if TRL has just made one, start where "default" does.
-
-    TRL means to copy it, and looks for names like LoRA's, of modules: ours are parameters.
-    """
-    tuner = sparse_tuner(model)
-    if tuner is not None and {"default", "ref"} <= set(tuner.peft_config):
-        state = get_peft_model_state_dict(model, adapter_name="default")
-        set_peft_model_state_dict(model, state, adapter_name="ref")
 
 
 def method_optimizer(

@@ -12,6 +12,7 @@ from sft.recipe.schema import Recipe
 from sft.recipe.source import Source
 from sft.run.trainable import Trainable, kind_of, method_names
 from sft.tasks.find import task_classes
+from sft.tasks.task import Task
 
 
 def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -45,14 +46,31 @@ def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 def _check_start(recipe: Recipe, method: Trainable, source: Source) -> None:
     """Refuse random weights to a method that needs trained ones, and the other way round."""
+    task = task_classes()[recipe.task["name"]]
     if recipe.model.config is not None and not method.from_scratch:
+        _check_dense_start(method, task, source)
+    if task.from_random and recipe.model.config is None:
         raise source.error(
-            "model.config", f"asks for random weights, which {method.name} does not train"
+            "task",
+            f"{task.name} trains random weights; add model.config, with what differs or {{}}",
         )
     if method.from_scratch and recipe.model.config is None:
         raise source.error(
             "method", "trains random weights; add model.config, with what differs or {}"
         )
+
+
+def _check_dense_start(method: Trainable, task: type[Task], source: Source) -> None:
+    """Refuse to freeze random weights, and to train them by a task that means others."""
+    text = f"asks for random weights, which {method.name} does not train"
+    if method.saved:
+        raise source.error(
+            "model.config",
+            f"{text}: an adapter's base stays as it is; set method: full, or sltrain with "
+            "form: pretrain",
+        )
+    if not task.from_random:
+        raise source.error("model.config", f"{text} with task {task.name}; set task: pretrain")
 
 
 def _check_export(recipe: Recipe, method: Trainable, source: Source) -> None:

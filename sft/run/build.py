@@ -14,12 +14,20 @@ from sft.run.trainable import Trainable
 from sft.tasks.task import Task
 
 
-def attached(recipe: Recipe, method: Trainable, model: Any) -> Any:
+def attached(recipe: Recipe, task: Task, method: Trainable, model: Any) -> Any:
     """Ready the model for its method; two that do not fit are refused."""
+    if model is not None:
+        keep_heads(method.config, task.heads(model))
     try:
         return method.attach(model, recipe.model)
     except ValueError as error:
         raise UserError(f"method: does not fit {recipe.model.name}: {error}") from error
+
+
+def keep_heads(config: Any, heads: Sequence[str]) -> None:
+    """Let an adapter train, and save, modules that start at random."""
+    if heads and hasattr(config, "modules_to_save"):
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
 
 
 def build_trainer(

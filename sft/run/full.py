@@ -39,7 +39,7 @@ class Full:
     saved: ClassVar[bool] = False
     from_scratch = False
 
-    def __init__(self, name: str, fields: dict[str, Any], task_type: str) -> None:
+    def __init__(self, name: str, fields: dict[str, Any], task_type: str | None) -> None:
         self.name = name
         self.config = FullConfig(**fields)
 

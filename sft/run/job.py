@@ -125,11 +125,15 @@ class Job:
         self.phases.note(f"{recipe.model.name}, {model.num_parameters():,} weights, {shown}")
         return model
 
+    def _loaded(self) -> Any:
+        """Return the model under an adapter, as it was loaded."""
+        return self.task.load_model(self.recipe.model, self.data, None)
+
     def build(self) -> None:
         """Put the method on, build the trainer; once all fits, the folder is this run's."""
         recipe = self.recipe
         with self.phases.phase("method"):
-            self.model = attached(recipe, self.method, self.model)
+            self.model = attached(recipe, self.task, self.method, self.model)
             self.counts = self.method.counts(self.model)
             report = ProgressReport(self.console, prefix=f"{recipe.method['name']}_")
             try:
@@ -190,9 +194,8 @@ class Job:
         """Take the trained model as it is measured and exported; whether this process has it."""
         trainer, first = self.trainer, self.team.first
         if is_sharding(trainer):
-            self.model = put_together(
-                trainer, self.recipe.model, adapter=self.method.saved, first=first
-            )
+            base = self._loaded if self.method.saved else None
+            self.model = put_together(trainer, base, first=first)
         else:  # autocast stays on the trained model's forward
             self.model = trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return self.model is not None

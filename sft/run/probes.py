@@ -28,7 +28,7 @@ class Probes:
             return
         rows, format, spec = job.held_out, job.data.format, recipe.evaluation
         self.samples = open_samples(job.model, rows, format, self.tokenizer, spec, job.longest)
-        if recipe.forgetting is not None and not job.method.from_scratch:
+        if recipe.forgetting is not None and recipe.model.config is None:
             self.forgetting = Forgetting(recipe.forgetting, self.tokenizer, job.model)
 
     def before(self) -> None:

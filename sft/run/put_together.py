@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft.models import load_model
-from sft.recipe.schema import ModelSpec
+from sft.export.reloaded import reload
 
 
 def is_sharding(trainer: Any) -> bool:
@@ -15,13 +15,12 @@ def is_sharding(trainer: Any) -> bool:
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
 
-def put_together(trainer: Any, spec: ModelSpec, *, adapter: bool, first: bool) -> Any:
+def put_together(trainer: Any, base: Callable[[], Any] | None, *, first: bool) -> Any:
     """Save what was trained, all processes together, and load it in the first one.
 
     Args:
         trainer: has trained.
-        spec: of the base model.
-        adapter: an adapter was trained, not the model's own weights.
+        base: loads the model under the adapter that was trained, or None: its own weights were.
         first: whether this process is the one that loads.
 
     Returns:
@@ -33,7 +32,7 @@ def put_together(trainer: Any, spec: ModelSpec, *, adapter: bool, first: bool) -
         if not first:
             return None
         _load_whole()
-        model = _loaded(folder, spec) if adapter else load_model(_at(spec, folder))
+        model = reload(folder) if base is None else _loaded(folder, base())
     return model.to(trainer.args.device).eval()
 
 
@@ -44,11 +43,7 @@ def _load_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def _loaded(folder: Path, spec: ModelSpec) -> Any:
+def _loaded(folder: Path, base: Any) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(spec), folder)
-
-
-def _at(spec: ModelSpec, folder: Path) -> ModelSpec:
-    return spec.model_copy(update={"name": str(folder), "revision": None})
+    return PeftModel.from_pretrained(base, folder)

@@ -27,7 +27,7 @@ class Trainable(Protocol):
     name: str
     config: Any
 
-    def __init__(self, name: str, fields: dict[str, Any], task_type: str) -> None: ...
+    def __init__(self, name: str, fields: dict[str, Any], task_type: str | None) -> None: ...
 
     @classmethod
     def names(cls) -> list[str]:

@@ -33,7 +33,7 @@ class StockAdapter:
 
     saved: ClassVar[bool] = True
 
-    def __init__(self, name: str, fields: dict[str, Any], task_type: str) -> None:
+    def __init__(self, name: str, fields: dict[str, Any], task_type: str | None) -> None:
         self.name = name
         self.config = self.config_class(name)(**fields, task_type=task_type)
         if hasattr(self._tuner(), "update_and_allocate"):

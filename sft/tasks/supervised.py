@@ -6,30 +6,20 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sft.data.encode import Encoded, encode
-from sft.data.load import Examples
 from sft.evaluation import language
 from sft.evaluation.batches import held_out_batches
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_model, load_tokenizer
-from sft.recipe.schema import ModelSpec
-from sft.tasks.task import TaskOptions
-
-PROBED = 2  # batches
+from sft.tasks.base import PROBED, TaskBase
 
 
-class Supervised:
+class Supervised(TaskBase):
     """Supervised fine-tuning by TRL's SFTTrainer."""
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "a language model learns completions, replies, or text"
-    peft_type: ClassVar[str] = "CAUSAL_LM"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text")
     metrics: ClassVar[tuple[str, ...]] = language.NAMES
     measured: ClassVar[tuple[str, ...]] = ("nll",)
-    options_class: ClassVar[type[TaskOptions]] = TaskOptions
-
-    def __init__(self, options: TaskOptions) -> None:
-        self.options = options
 
     def arguments_class(self) -> type:
         """Return TRL's SFTConfig."""
@@ -42,23 +32,6 @@ class Supervised:
         from sft.trainers.supervised import SparseSFTTrainer
 
         return SparseSFTTrainer
-
-    def load_processor(self, spec: ModelSpec) -> Any:
-        """Load the tokenizer."""
-        return load_tokenizer(spec)
-
-    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
-        """Load the causal language model."""
-        return load_model(spec, device=device)
-
-    def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
-        """Hand over the rows as they are: TRL tokenises, masks and collates."""
-        evaluates = arguments.eval_strategy != "no"
-        return {
-            "train_dataset": examples.train,
-            "eval_dataset": examples.held_out if evaluates else None,
-            "processing_class": processor,
-        }
 
     def measure(
         self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int

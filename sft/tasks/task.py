@@ -26,11 +26,12 @@ class Task(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line
-    peft_type: ClassVar[str]  # PEFT's task_type for adapters
+    peft_type: ClassVar[str | None]  # PEFT's task_type for adapters
     formats: ClassVar[tuple[str, ...]]  # of examples, names of sft.data
     metrics: ClassVar[tuple[str, ...]]  # that evaluation.metrics may hold
     measured: ClassVar[tuple[str, ...]]  # those that are measured unless a recipe says which
     options_class: ClassVar[type[TaskOptions]]
+    from_random: ClassVar[bool]  # whether the model's own weights start at random
 
     def __init__(self, options: TaskOptions) -> None: ...
 
@@ -51,6 +52,9 @@ class Task(Protocol):
             examples: for tasks whose head follows from the data, such as the number of classes.
             device: where a quantised model goes.
         """
+
+    def heads(self, model: Any) -> list[str]:
+        """Return the modules that start at random: trained densely, and saved, with an adapter."""
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Return the trainer's keyword arguments that depend on the task: data sets, collator,

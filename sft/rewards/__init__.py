@@ -1,0 +1,1 @@
+"""What completions are rewarded for, while a model learns by rewards."""

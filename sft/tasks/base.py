@@ -1,0 +1,82 @@
+"""What tasks share: a tokenizer, rows that go to the trainer as they are, no head of their own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sft.data.load import Examples
+from sft.models import load_model, load_tokenizer
+from sft.recipe.schema import ModelSpec
+from sft.tasks.task import TaskOptions
+
+PROBED = 2  # batches on which an exported model is compared
+
+
+class TaskBase:
+    """The defaults of a task: a causal language model that TRL's trainer reads rows for."""
+
+    options_class: ClassVar[type[TaskOptions]] = TaskOptions
+    peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    from_random: ClassVar[bool] = False
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options: Any = options
+        self.missing: list[str] = []  # parameters of the model that no file had
+
+    def load_processor(self, spec: ModelSpec) -> Any:
+        """Load the tokenizer."""
+        return load_tokenizer(spec)
+
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load the causal language model."""
+        return load_model(spec, device=device)
+
+    def heads(self, model: Any) -> list[str]:
+        """Return the modules that no file had: a frozen random one would stay random."""
+        return sorted({name.rpartition(".")[0] or name for name in self.missing})
+
+    def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
+        """Hand over the rows as they are: TRL tokenises, masks and collates."""
+        return {
+            "train_dataset": examples.train,
+            "eval_dataset": evaluated(examples, arguments),
+            "processing_class": processor,
+        }
+
+
+class TrainerTask(TaskBase):
+    """The defaults of a task that transformers' own Trainer trains."""
+
+    def arguments_class(self) -> type:
+        """Return transformers' TrainingArguments."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments  # type: ignore[no-any-return]
+
+    def trainer_class(self) -> type:
+        """Return transformers' Trainer with our training."""
+        from sft.trainer import SparseTrainer
+
+        return SparseTrainer
+
+
+class HeadTask(TrainerTask):
+    """The defaults of a task that puts a head of its own on a model."""
+
+    def heads(self, model: Any) -> list[str]:
+        """Return what lies between the backbone and the output, and what else starts at random."""
+        return sorted({*super().heads(model), *new_heads(model)})
+
+
+def evaluated(examples: Examples, arguments: Any) -> Any | None:
+    """Return the rows that training evaluates on, or None where it does not."""
+    return None if arguments.eval_strategy == "no" else examples.held_out
+
+
+def new_heads(model: Any) -> list[str]:
+    """Return the modules between a backbone and the output."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]

@@ -1,0 +1,100 @@
+"""`task: classification`: a model learns the class, or the value, of a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from sft.data.load import Examples
+from sft.evaluation import labels, values
+from sft.evaluation.classification import batches, measure
+from sft.evaluation.spec import EvaluationSpec
+from sft.models import load_model
+from sft.recipe.schema import ModelSpec
+from sft.tasks.base import PROBED, HeadTask, evaluated
+from sft.tasks.labels import class_number, label_names, with_labels
+from sft.tasks.task import TaskOptions
+
+
+class LabelOptions(TaskOptions):
+    """Which classes there are, and how much of a text is read."""
+
+    labels: list[str] | None = Field(
+        default=None, description="names of the classes, in order; default: as the data has them"
+    )
+    max_length: int = Field(default=512, gt=0, description="tokens kept of a text")
+
+
+class Classification(HeadTask):
+    """Sequence classification, or regression where the labels are real numbers."""
+
+    name: ClassVar[str] = "classification"
+    summary: ClassVar[str] = "a model learns the class, or the value, of a text or a pair of texts"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
+    formats: ClassVar[tuple[str, ...]] = ("classification",)
+    metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, *values.NAMES)
+    measured: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mse", "pearson")
+    options_class: ClassVar[type[TaskOptions]] = LabelOptions
+
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load a sequence classifier with an output for each class of the data."""
+        from transformers import AutoModelForSequenceClassification as Kind
+
+        names = label_names(examples.train, "label", self.options.labels)
+        model = load_model(
+            spec,
+            device=device,
+            kind=Kind,
+            config=with_labels(spec, names),
+            missing=self.missing,
+        )
+        if model.config.get_text_config().pad_token_id is None:  # tells where a text ends
+            model.config.get_text_config().pad_token_id = self.load_processor(spec).pad_token_id
+        return model
+
+    def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
+        """Tokenise the texts, and number the classes."""
+        from transformers import DataCollatorWithPadding
+
+        names = label_names(examples.train, "label", self.options.labels)
+
+        def encode(row: dict[str, Any]) -> dict[str, Any]:
+            found = dict(
+                processor(
+                    row["text"], row.get("text_pair"), truncation=True,
+                    max_length=self.options.max_length,
+                )
+            )  # fmt: skip
+            label = row["label"]
+            return found | {"labels": float(label) if names is None else class_number(label, names)}
+
+        def encoded(rows: Any) -> Any:
+            return None if rows is None else rows.map(encode, remove_columns=rows.column_names)
+
+        return {
+            "train_dataset": encoded(examples.train),
+            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "processing_class": processor,
+            "data_collator": DataCollatorWithPadding(processor),
+        }
+
+    def measure(
+        self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
+    ) -> dict[str, float]:
+        """Measure predicted classes, or values: what of the metrics fits the labels."""
+        judge = measure if model.config.problem_type != "regression" else values.measure
+        known = labels.NAMES if judge is measure else values.NAMES
+        fitting = spec.model_copy(
+            update={"metrics": [name for name in spec.metrics or () if name in known]}
+        )
+        return judge(model, processor, rows, format, fitting, self.options.max_length)
+
+    def probe(
+        self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int
+    ) -> Sequence[dict[str, Any]]:
+        """Return texts."""
+        few = rows.select(range(min(PROBED * size, len(rows))))
+        found = batches(processor, few, format, size, self.options.max_length)
+        return [{k: v.to(model.device) for k, v in batch.items()} for batch in found]

@@ -1,0 +1,87 @@
+"""Classes of examples: which there are, what they are called, and a model's head for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sft.errors import UserError
+from sft.models import load_config
+from sft.recipe.schema import ModelSpec
+
+
+def label_names(rows: Any, column: str, given: Sequence[str] | None) -> list[str] | None:
+    """Return the names of the classes in order of their numbers, or None where values are real.
+
+    Args:
+        rows: a data set.
+        column: of labels: names, numbers, or lists of them.
+        given: what the recipe calls the classes; by default the data set's own names, or the
+            labels as they are, sorted.
+
+    Raises:
+        UserError: a label is none of the given names, nor the number of one.
+    """
+    if given is None and (own := _feature_names(rows.features[column])) is not None:
+        return own
+    found = set(_flat(rows[column]))
+    if any(isinstance(label, float) for label in found):
+        return None
+    names: list[Any] = sorted(found, key=_natural) if given is None else list(given)
+    if all(isinstance(label, int) for label in names):  # 0, 1, 2: the gaps count too
+        names = list(range(max(names) + 1)) if min(names) >= 0 else names
+    shown = [str(name) for name in names]
+    for label in sorted(found, key=_natural):
+        class_number(label, shown)
+    return shown
+
+
+def class_number(label: Any, names: Sequence[str]) -> int:
+    """Return the number of a class by its name, or by its number.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and 0 <= label < len(names):
+        return label
+    raise UserError(
+        f"task.labels: got the label {label!r} in the data, allowed is {', '.join(names)}; name "
+        "it, or mend the data"
+    )
+
+
+def with_labels(spec: ModelSpec, names: Sequence[str] | None, kind: str | None = None) -> Any:
+    """Return the model's configuration with a head for these classes; one output for None.
+
+    Args:
+        spec: the `model:` section.
+        names: of the classes.
+        kind: of the loss, transformers' `problem_type`.
+    """
+    config = load_config(spec)
+    chosen = list(names) if names is not None else ["value"]
+    config.num_labels = len(chosen)
+    config.id2label = dict(enumerate(chosen))
+    config.label2id = {name: number for number, name in enumerate(chosen)}
+    config.problem_type = kind or ("regression" if names is None else "single_label_classification")
+    return config
+
+
+def _feature_names(feature: Any) -> list[str] | None:
+    inner = getattr(feature, "feature", feature)
+    return list(inner.names) if hasattr(inner, "names") else None
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from value
+        else:
+            yield value
+
+
+def _natural(label: Any) -> tuple[bool, Any]:
+    """Sort numbers by size and before names."""
+    return (False, label) if isinstance(label, int | float) else (True, str(label))

@@ -1,0 +1,62 @@
+"""`task: reward`: a model learns to score replies as people compared them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from sft.data.load import Examples
+from sft.evaluation.batches import held_out_batches
+from sft.evaluation.preference import NAMES, encode_reply, measure_rewards
+from sft.evaluation.spec import EvaluationSpec
+from sft.models import load_model
+from sft.recipe.schema import ModelSpec
+from sft.tasks.base import PROBED, TaskBase, new_heads
+from sft.tasks.labels import with_labels
+
+
+class Reward(TaskBase):
+    """Reward modelling by TRL's RewardTrainer: a new head of one output on the model."""
+
+    name: ClassVar[str] = "reward"
+    summary: ClassVar[str] = "a model learns to score replies as people compared them"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
+    formats: ClassVar[tuple[str, ...]] = ("preference",)
+    metrics: ClassVar[tuple[str, ...]] = NAMES
+    measured: ClassVar[tuple[str, ...]] = NAMES
+
+    def arguments_class(self) -> type:
+        """Return TRL's RewardConfig."""
+        from trl import RewardConfig
+
+        return RewardConfig  # type: ignore[no-any-return]
+
+    def trainer_class(self) -> type:
+        """Return TRL's RewardTrainer with our training."""
+        from sft.trainers.reward import SparseRewardTrainer
+
+        return SparseRewardTrainer
+
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load a sequence classifier with one output."""
+        from transformers import AutoModelForSequenceClassification as Kind
+
+        config = with_labels(spec, ["reward"], kind="regression")
+        return load_model(spec, device=device, kind=Kind, config=config, missing=self.missing)
+
+    def heads(self, model: Any) -> list[str]:
+        """Return the layer that makes the score, and what else starts at random."""
+        return sorted({*super().heads(model), *new_heads(model)})
+
+    def measure(
+        self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
+    ) -> dict[str, float]:
+        """Measure how well the scores tell the better reply."""
+        return measure_rewards(model, processor, rows, format, spec, longest)
+
+    def probe(
+        self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int
+    ) -> Sequence[dict[str, Any]]:
+        """Return prompts with the replies that are preferred."""
+        encoded = [encode_reply(row, "chosen", processor, longest) for row in rows]
+        return held_out_batches(encoded, size, processor.pad_token_id, model.device, PROBED)

@@ -1,0 +1,94 @@
+"""`task: token-classification`: a model learns the tag of each word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from sft.data.load import Examples
+from sft.evaluation import token_classification as tagging
+from sft.evaluation.batches import IGNORED
+from sft.evaluation.spec import EvaluationSpec
+from sft.models import load_model
+from sft.recipe.schema import ModelSpec
+from sft.tasks.base import PROBED, HeadTask, evaluated
+from sft.tasks.classification import LabelOptions
+from sft.tasks.labels import class_number, label_names, with_labels
+from sft.tasks.task import TaskOptions
+
+
+class TokenClassification(HeadTask):
+    """Tagging of words, such as the recognition of names; a word's first token has its tag."""
+
+    name: ClassVar[str] = "token-classification"
+    summary: ClassVar[str] = "a model learns the tag of each word"
+    peft_type: ClassVar[str | None] = "TOKEN_CLS"
+    formats: ClassVar[tuple[str, ...]] = ("token_classification",)
+    metrics: ClassVar[tuple[str, ...]] = tagging.NAMES
+    measured: ClassVar[tuple[str, ...]] = ("token_accuracy", "entity_f1")
+    options_class: ClassVar[type[TaskOptions]] = LabelOptions
+
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load a token classifier with an output for each tag of the data."""
+        from transformers import AutoModelForTokenClassification as Kind
+
+        names = label_names(examples.train, "tags", self.options.labels)
+        return load_model(
+            spec,
+            device=device,
+            kind=Kind,
+            config=with_labels(spec, names),
+            missing=self.missing,
+        )
+
+    def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
+        """Tokenise the words, and give the first token of each the number of its tag."""
+        from transformers import DataCollatorForTokenClassification
+
+        names = label_names(examples.train, "tags", self.options.labels) or []
+
+        def encode(row: dict[str, Any]) -> dict[str, Any]:
+            found = processor(
+                row["tokens"], is_split_into_words=True, truncation=True,
+                max_length=self.options.max_length,
+            )  # fmt: skip
+            tags = [class_number(tag, names) for tag in row["tags"]]
+            return dict(found) | {"labels": first_tokens(found.word_ids(), tags)}
+
+        def encoded(rows: Any) -> Any:
+            return None if rows is None else rows.map(encode, remove_columns=rows.column_names)
+
+        return {
+            "train_dataset": encoded(examples.train),
+            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "processing_class": processor,
+            "data_collator": DataCollatorForTokenClassification(processor),
+        }
+
+    def measure(
+        self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
+    ) -> dict[str, float]:
+        """Measure the tags of words."""
+        return tagging.measure(model, processor, rows, format, spec, self.options.max_length)
+
+    def probe(
+        self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int
+    ) -> Sequence[dict[str, Any]]:
+        """Return words."""
+        starts = range(0, min(PROBED * size, len(rows)), size)
+        return [
+            processor(
+                rows[start : start + size]["tokens"], is_split_into_words=True, padding=True,
+                truncation=True, max_length=self.options.max_length, return_tensors="pt",
+            ).to(model.device)
+            for start in starts
+        ]  # fmt: skip
+
+
+def first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """Return the label of each token: its word's tag for the first of a word, else -100."""
+    before = [None, *words[:-1]]
+    return [
+        tags[word] if word is not None and word != last else IGNORED
+        for word, last in zip(words, before, strict=True)
+    ]
