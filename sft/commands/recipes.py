@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sft.commands.arguments import user_errors
+from sft.commands.arguments import JsonOption, user_errors
 from sft.errors import UserError
 
 app = typer.Typer(help="List the shipped recipes; show or copy one.")
@@ -41,14 +41,11 @@ def recipes(context: typer.Context) -> None:
 
 
 @app.command("list")
-def list_recipes() -> None:
-    """List the shipped recipes, a line each."""
-    from sft.recipe.shipped import shipped_recipes
+def list_recipes(json: JsonOption = False) -> None:
+    """List the shipped recipes, a line each: task, method, and what to expect."""
+    from sft.tools.listing import run
 
-    found = shipped_recipes()
-    width = max((len(name) for name, _ in found), default=0)
-    for name, summary in found:
-        print(f"{name:<{width}}  {summary}")
+    run(as_json=json)
 
 
 @app.command("show")

@@ -53,7 +53,9 @@ def test_version():
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path):
-    assert re.search(r"^quickstart +Teach", run("recipes", "list").stdout, re.MULTILINE)
+    assert re.search(
+        r"^quickstart +sft +spiel +.*Teach", run("recipes", "list").stdout, re.MULTILINE
+    )
     text = (SHIPPED / "quickstart.yaml").read_text()
     assert run("recipes", "show", "quickstart").stdout == text
     assert run("recipes", "copy", "quickstart", tmp_path).exit_code == 0
@@ -170,10 +172,10 @@ def test_mixed_precision_exports_the_model_itself(recipe_file, tmp_path):
 def test_export_by_command(recipe_file, tmp_path, tiny_model):
     assert run("train", recipe_file, "export.merged=false", "--plain").exit_code == 0
     adapter, to = tmp_path / "run" / "adapter", tmp_path / "merged"
-    result = run("export", adapter, "--base", tiny_model, "--to", to)
+    result = run("export", adapter, "--base", tiny_model, "--to", "merged", "--out", to)
     assert result.exit_code == 0, result.output
     assert "max |logit difference| 0" in result.stdout
-    assert "is not empty" in refused("export", adapter, "--to", to)
+    assert "is not empty" in refused("export", adapter, "--to", "merged", "--out", to)
 
 
 def test_an_unexpected_error_keeps_its_traceback(recipe_file, monkeypatch):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from sft.cli import app
+from sft.recipe.shipped import SHIPPED
 
 
 @pytest.fixture
@@ -97,7 +99,13 @@ def test_schema_is_written_with_its_hint(run, tmp_path) -> None:
 def test_recipes_are_listed_by_the_bare_command(run) -> None:
     found = run("recipes")
     assert found.stdout == run("recipes", "list").stdout
-    assert any(line.startswith("quickstart ") for line in found.stdout.splitlines())
+    lines = {line.split()[0]: line for line in found.stdout.splitlines()}
+    assert lines.keys() - {"name"} == {path.stem for path in SHIPPED.glob("*.yaml")}
+    assert re.match(r"quickstart +sft +spiel +.*Teach .*", lines["quickstart"])
+    assert re.match(r"mezo +sft +full, zeroth order +.*Teach .*", lines["mezo"])
+    data = {row["name"]: row for row in json.loads(run("recipes", "list", "--json").stdout)}
+    assert data.keys() == lines.keys() - {"name"}
+    assert (data["quickstart"]["task"], data["quickstart"]["method"]) == ("sft", "spiel")
 
 
 @pytest.mark.parametrize(
