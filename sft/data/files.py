@@ -2,71 +2,141 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft.data.bad_rows import BadRows
+from sft.data.by_hand import LINES, delimiter, header, read_lines
 from sft.errors import UserError, one_line
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 
 
-def read_file(key: str, name: str) -> Any:
+def read_file(name: str, bad: BadRows) -> tuple[Any, list[int] | None]:
     """Read a file into a datasets.Dataset.
 
     Args:
-        key: The recipe key that names the file; messages start with it.
         name: Path of the file; its ending names the format.
-    """
-    import datasets
+        bad: told of lines that cannot be read.
 
-    path = Path(name).expanduser()
-    if path.suffix not in BUILDERS:
-        allowed = ", ".join(BUILDERS)
-        raise UserError(f"{key}: got {name!r}; expected a file ending in {allowed}, or 'cmudict'")
-    if not path.is_file():
-        raise UserError(f"{key}: {name}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{key}: {name}: the file is empty")
-    shown = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    Returns:
+        the rows, and the line that each begins on where lines were left out; None: all are there.
+
+    Raises:
+        UserError: the file is missing or empty, or nothing can be read from it.
+    """
+    key, path = bad.key, Path(name).expanduser()
+    check_file(key, path, name)
+    lines = None
     try:
-        builder = BUILDERS[path.suffix]
-        found = datasets.load_dataset(builder, data_files=str(path), split="train")
+        with quiet():
+            found = _read(path)
     except Exception as error:
-        bad = _bad_json_line(path) if path.suffix in (".jsonl", ".json") else None
-        raise UserError(f"{key}: {bad or f'{name}: cannot be read ({_cause(error)})'}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        if path.suffix not in LINES:
+            raise UserError(f"{key}: {name}: cannot be read ({cause(error)})") from error
+        found, lines = _whole_lines(path, bad, error)
     if path.suffix == ".txt":
         found = found.filter(lambda row: bool(row["text"].strip()))
     if len(found) == 0:
         raise UserError(f"{key}: {name}: the file holds no examples")
-    return found
+    return found, lines
 
 
-def _bad_json_line(path: Path) -> str | None:
-    """Name the first line that is not a JSON object, or None when all of them are."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        if file.read(1) == "[":  # one JSON document, not one a line
-            return None
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})"
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                return f"{path}:{number}: expected one JSON object a line, found {kind}"
-    return None
+def check_file(key: str, path: Path, name: str) -> None:
+    """Raise UserError unless a file is there, holds something, and has an ending that we know."""
+    if not path.is_file():
+        raise UserError(f"{key}: {name}: no such file")
+    if path.suffix not in BUILDERS:
+        raise UserError(
+            f"{key}: got {name!r}; expected a file ending in {', '.join(BUILDERS)}, or 'cmudict'"
+        )
+    if path.stat().st_size == 0:
+        raise UserError(f"{key}: {name}: the file is empty")
 
 
-def _cause(error: BaseException) -> str:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let `datasets` show no progress in the block."""
+    import datasets
+
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def cause(error: BaseException) -> str:
     """Return the message of the innermost error; the outer ones only say that reading failed."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)[:200]
+
+
+def _read(path: Path) -> Any:
+    import datasets
+
+    builder = BUILDERS[path.suffix]
+    given: dict[str, Any] = {}
+    if builder == "csv":  # text is text: a word may look like a number, or be "null"
+        features = {name: datasets.Value("string") for name in header(path)}
+        given = {
+            "features": datasets.Features(features),
+            "sep": delimiter(path),
+            "keep_default_na": False,
+            "na_values": [""],
+        }
+    found = datasets.load_dataset(builder, data_files=str(path), split="train", **given)
+    for name in {"label", "answer"} & set(found.column_names) if builder == "csv" else ():
+        found = _numbered(found, name)
+    return found
+
+
+def _numbered(found: Any, name: str) -> Any:
+    """Read a column as numbers where all of it are."""
+    from datasets import Value
+
+    for kind, type_ in ((int, "int64"), (float, "float64")):
+        try:
+            for value in found[name]:
+                if value is not None:
+                    kind(value)
+        except ValueError:
+            continue
+        with quiet():
+            return found.cast_column(name, Value(type_))
+    return found
+
+
+def _whole_lines(path: Path, bad: BadRows, error: Exception) -> tuple[Any, list[int]]:
+    """Read what lines can be read by themselves.
+
+    Raises:
+        UserError: one cannot, unless such are left out; or all can, and yet the file cannot.
+    """
+    from datasets import Dataset
+
+    rows, lines = list[dict[str, Any]](), list[int]()
+    for line, row in read_lines(path):
+        if isinstance(row, str):
+            bad.found(str(path), line, row)
+            continue
+        rows.append(row)
+        lines.append(line)
+    if bad.rule == "error" or not rows:
+        raise UserError(f"{bad.key}: {path}: cannot be read ({cause(error)})") from error
+    try:
+        return Dataset.from_list(rows), lines
+    except Exception as mixed:
+        raise UserError(f"{bad.key}: {path}: cannot be read ({cause(mixed)})") from mixed

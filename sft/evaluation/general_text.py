@@ -50,9 +50,9 @@ def _ids(spec: ForgettingSpec, tokenizer: Any) -> list[int]:
         return _plain(general_text(), tokenizer)
     from sft.data.encode import encode
     from sft.data.load import load_data
-    from sft.recipe.schema import DataSpec
+    from sft.data.spec import DataSpec
 
-    found = load_data(DataSpec(train=spec.data), 0)
+    found = load_data(DataSpec(train=spec.data), 0, ("text", "prompt_completion", "messages"))
     begin, ids = _beginning(tokenizer), list[int]()
     for row in found.train:
         if found.format == "text":

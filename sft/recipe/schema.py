@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sft.data.spec import DataSpec
 from sft.evaluation.spec import EvaluationSpec, ForgettingSpec
 from sft.recipe.expected import ExpectedSpec
 from sft.recipe.section import Section
@@ -50,6 +51,9 @@ class ModelSpec(Section):
     revision: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    chat_template: str | None = Field(
+        default=None, description="a .jinja file, or the template itself, in place of the model's"
+    )
     config: dict[str, Any] | None = Field(
         default=None,
         description="random weights: what differs from the named model's configuration, or {}",
@@ -62,27 +66,6 @@ class ModelSpec(Section):
     def _packs_what_is_there(self) -> ModelSpec:
         if self.config is not None and self.quantization is not None:
             raise ValueError("quantization: got random weights as well; leave one of both out")
-        return self
-
-
-class DataSpec(Section):
-    """Training and held-out examples; one of `eval`, `eval_fraction`, `eval_examples` at most."""
-
-    train: str = Field(
-        min_length=1, description=".jsonl, .json, .csv, .parquet, .txt or 'cmudict' (embedded)"
-    )
-    eval: str | None = None
-    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
-    eval_examples: int | None = Field(default=None, gt=0)
-    train_examples: int | None = Field(default=None, gt=0, description="use only the first N")
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
-
-    @model_validator(mode="after")
-    def _one_held_out_rule(self) -> DataSpec:
-        rules = ("eval", "eval_fraction", "eval_examples")
-        given = [key for key in rules if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[1]}: got {given[0]} as well; keep one of {', '.join(rules)}")
         return self
 
 

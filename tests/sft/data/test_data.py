@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from sft.data.load import detect_format, load_data
+from sft.data.formats import detect_format
+from sft.data.load import load_data
+from sft.data.spec import DataSpec
 from sft.errors import UserError
-from sft.recipe.schema import DataSpec
 
 
 def refused(path, **fields):
@@ -82,8 +83,8 @@ def test_columns_are_named_when_they_fit_nothing(write):
 
 def test_holes_and_wrong_types_are_refused(write):
     holes = jsonl({"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None})
-    assert "example 2 has no 'completion'" in refused(write("a.jsonl", holes))
-    assert "'text' holds int64" in refused(write("b.jsonl", jsonl({"text": 1})))
+    assert "a.jsonl:2: 'completion' is missing" in refused(write("a.jsonl", holes))
+    assert "b.jsonl:1: 'text' holds 1 (int)" in refused(write("b.jsonl", jsonl({"text": 1})))
 
 
 def test_held_out_examples_are_seeded_and_disjoint(rows):
