@@ -14,7 +14,7 @@ from sft.adapters.gathered import gathered
 from sft.adapters.ranks import ALONE
 from sft.engines.fsdp import FsdpEngine
 from sft.optim.move import move_state
-from sft.optim.shards import is_sharded, whole
+from sft.optim.shards import is_sharded, local, whole
 
 
 class Block(nn.Module):
@@ -89,16 +89,20 @@ def test_what_a_block_that_fails_has_written_is_given_up(run) -> None:
 
 def test_a_forward_pass_sees_what_was_published(run) -> None:
     """A pass without backward leaves weights gathered, which are then out of date."""
-    x = torch.ones(6)
+    x, sharded = torch.ones(6), run.model.values
     with torch.no_grad():
         before = run.model(x)
         run.model.reshard()
         run.model.unshard()
-    with gathered([run.model.values]), torch.no_grad():
-        run.model.values.add_(1.0)
-    run.engine.publish([run.model.values])
+        local(sharded).add_(1.0)
+    run.engine.publish([sharded])
     with torch.no_grad():
         assert float(run.model(x) - before) == pytest.approx(6.0, abs=1e-5)
+        run.model.unshard()
+    with gathered([sharded]), torch.no_grad():
+        run.model.values.add_(1.0)
+    with torch.no_grad():
+        assert float(run.model(x) - before) == pytest.approx(12.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["sharded", "whole"])
