@@ -12,25 +12,28 @@ from pathlib import Path
 from sft.errors import UserError
 
 
-def refuse_target(to: Path, *, overwrite: bool, sources: Iterable[Path | str] = ()) -> None:
+def refuse_target(
+    to: Path, *, overwrite: bool, sources: Iterable[Path | str] = (), option: str = "--to"
+) -> None:
     """Raise when a command cannot write a folder.
 
     Args:
-        to: the folder, of the option `--to`.
+        to: the folder.
         overwrite: it may be replaced when it holds something.
         sources: files and folders that are read; those that do not exist are hub ids.
+        option: where the user named the folder.
 
     Raises:
         UserError: it is a file, is filled, or would take a source along when it is replaced.
     """
     if to.exists() and not to.is_dir():
-        raise UserError(f"--to: {to}: is a file; give a folder")
+        raise UserError(f"{option}: {to}: is a file; give a folder")
     if not overwrite and to.is_dir() and any(to.iterdir()):
-        raise UserError(f"--to: {to}: is not empty; pass --overwrite to replace it")
+        raise UserError(f"{option}: {to}: is not empty; pass --overwrite to replace it")
     for source in map(Path, sources):
         if source.exists() and source.resolve().is_relative_to(to.resolve()):
             raise UserError(
-                f"--to: {to}: would replace {source}, which is read; give another folder"
+                f"{option}: {to}: would replace {source}, which is read; give another folder"
             )
 
 

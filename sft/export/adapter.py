@@ -1,4 +1,4 @@
-"""`sft export`: a saved adapter becomes a stock model with its base, or a stock LoRA."""
+"""A saved adapter becomes a stock model: shard by shard where its files allow it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from typing import Any
 
 import torch
 
-from sft.errors import UserError, one_line
-from sft.export.lora import export_lora, lora_bound, verify_lora
-from sft.export.merged import export_checked, probe, trained_logits
+from sft.errors import UserError
+from sft.export.loaded import (
+    check_request,
+    load_processor,
+    load_trained,
+    save_beside,
+    spec_of,
+)
+from sft.export.merged import (
+    export_checked,
+    logits_of,
+    merge,
+    merging_bound,
+    trained_logits,
+    verify_merged,
+)
 from sft.export.quantized import export_quantized
-from sft.models import load_model, load_tokenizer
-from sft.quantization import as_trained, is_quantized
+from sft.export.reloaded import probe_for
+from sft.export.shards import SHARD, write_shards
+from sft.export.trained import AdapterWeights, WholeModelNeededError
+from sft.models import load_model
+from sft.quantization import is_quantized
 from sft.recipe.schema import ModelSpec
-from sft.whole import refuse_target
+from sft.whole import written_whole
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Say = Callable[[str], object]
 
 
 def export_adapter(
@@ -28,9 +44,13 @@ def export_adapter(
     dtype: str = "auto",
     overwrite: bool = False,
     quantized: str | None = None,
-    say: Callable[[str], object] = print,
-) -> float:
+    verify: bool = True,
+    max_shard_size: str = SHARD,
+    say: Say = print,
+) -> float | None:
     """Merge a saved adapter into its base, write the result, reload it and compare logits.
+
+    Writing takes the memory of one shard. Comparing takes that of the model.
 
     Args:
         adapter: Folder with adapter_config.json.
@@ -40,112 +60,90 @@ def export_adapter(
         overwrite: Replace `to` when it is filled.
         quantized: Over a packed base, what to merge into; default: the dequantised base. See
             `sft.export.quantized`.
-        say: Takes what merging over a packed base changed, line by line.
+        verify: Reload and compare.
+        max_shard_size: Of a file of weights.
+        say: Takes what happens on the way, line by line.
 
     Returns:
-        The largest |logit difference| between the reloaded model and the one in memory.
+        The largest |logit difference| between the reloaded model and the trained one, if compared.
     """
-    tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
-    if not is_quantized(model):
+    check_request(adapter, base, to, dtype, overwrite)
+    spec, cast = spec_of(adapter, base), None if dtype == "auto" else getattr(torch, dtype)
+    processor = load_processor(adapter, spec)
+    if spec.quantization is None:
         if quantized is not None:
             raise UserError(
                 f"--quantized: got {quantized}, but the base is not packed; leave it out"
             )
-        return export_checked(model, tokenizer, to, cast)
-    plain = ModelSpec(name=base or _trained_on(adapter))
+        try:
+            weights = AdapterWeights(adapter, base)
+        except WholeModelNeededError as reason:
+            say(f"merged as a whole in memory, because {reason}")
+        else:
+            return _by_shards(
+                weights, adapter, processor, to, base=base, dtype=cast, verify=verify,
+                max_shard_size=max_shard_size, say=say,
+            )  # fmt: skip
+    model = load_trained(adapter, base)
+    if not is_quantized(model):
+        return export_checked(model, processor, to, cast, max_shard_size=max_shard_size)
+    return _packed(model, processor, to, quantized or "dequantize", spec.name, cast, say)
+
+
+def _by_shards(
+    weights: AdapterWeights,
+    adapter: Path,
+    processor: Any,
+    to: Path,
+    *,
+    base: str | None,
+    dtype: torch.dtype | None,
+    verify: bool,
+    max_shard_size: str,
+    say: Say,
+) -> float | None:
+    name, revision = weights.base
+    difference = None
+    with written_whole(to) as temporary:
+        count = write_shards(weights, temporary, dtype=dtype, max_shard_size=max_shard_size)
+        save_beside(temporary, processor, name, revision)
+        say(f"merged weight by weight into {count} file{'s' * (count > 1)}")
+        if verify:
+            difference = _verified(temporary, adapter, base, processor, dtype)
+    return difference
+
+
+def _verified(
+    folder: Path, adapter: Path, base: str | None, processor: Any, dtype: torch.dtype | None
+) -> float:
+    """Compare a merged folder with base and adapter; one of both models is in memory at a time."""
+    model = load_trained(adapter, base)
+    batches = [probe_for(model, processor)]
+    if dtype is None:
+        expected = trained_logits(model, batches)
+        bound = merging_bound(model, expected)
+    else:  # rounding the weights is what was asked for: compare what was rounded
+        expected, bound = logits_of(merge(model, dtype), batches), 0.0
+    del model
+    return verify_merged(folder, batches, expected, bound=bound)
+
+
+def _packed(
+    model: Any,
+    processor: Any,
+    to: Path,
+    mode: str,
+    base: str,
+    dtype: torch.dtype | None,
+    say: Say,
+) -> float:
+    """Merge over a packed base in the way asked for, and say what that changed."""
+    kind = type(model.get_base_model())
     difference, error = export_quantized(
-        model, tokenizer, to, quantized or "dequantize", [probe(tokenizer)], dtype=cast,
-        reference=lambda: load_model(plain, "--base"),
+        model, processor, to, mode, [probe_for(model, processor)], dtype=dtype,
+        reference=lambda: load_model(ModelSpec(name=base), "--base", kind=kind),
     )  # fmt: skip
     for line in error.lines():
         say(line)
     assert difference is not None
     return difference
-
-
-def export_adapter_as_lora(
-    adapter: Path,
-    *,
-    base: str | None,
-    to: Path,
-    dtype: str = "auto",
-    uniform_rank: bool = False,
-    overwrite: bool = False,
-) -> tuple[dict[str, int], float]:
-    """Write a saved adapter as a stock PEFT LoRA, load that over its base and compare logits.
-
-    Args:
-        adapter: As for `export_adapter`.
-        base: As for `export_adapter`.
-        to: Folder to write.
-        dtype: Of the factors; "auto" is float32.
-        uniform_rank: Give all modules the largest rank, padded with zeros.
-        overwrite: Replace `to` when it is filled.
-
-    Returns:
-        The rank of each module, and the largest |logit difference|.
-    """
-    tokenizer, model, cast = _opened(adapter, base, to, dtype, overwrite)
-    batches = [probe(tokenizer)]
-    expected = trained_logits(model, batches)
-    bound = lora_bound(model, expected, cast)
-    found: list[float] = []
-
-    def check(path: Path) -> None:
-        tokenizer.save_pretrained(path)
-        found.append(verify_lora(path, model.unload(), batches, expected, bound=bound))
-
-    ranks = export_lora(model, to, uniform_rank=uniform_rank, dtype=cast, check=check)
-    return ranks, found[0]
-
-
-def _opened(
-    adapter: Path, base: str | None, to: Path, dtype: str, overwrite: bool
-) -> tuple[Any, Any, torch.dtype | None]:
-    """Check the request; return the tokenizer, base and adapter, and the type asked for, if any."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter_config.json in it; give the folder of an adapter")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: no adapter_model.safetensors in it; it was not saved whole")
-    spec = as_trained(adapter, ModelSpec(name=base or _trained_on(adapter)))
-    refuse_target(to, overwrite=overwrite, sources=[adapter, spec.name])
-    cast = None if dtype == "auto" else getattr(torch, dtype)
-    return _tokenizer(adapter, spec), _adapted(adapter, spec), cast
-
-
-def _trained_on(adapter: Path) -> str:
-    """Return the base named in the adapter's config."""
-    import json
-
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{adapter}: does not name its base model; pass --base")
-    return str(name)
-
-
-def _tokenizer(adapter: Path, spec: ModelSpec) -> Any:
-    """Prefer the tokenizer saved beside the adapter: it is the one of the training."""
-    saved = (adapter / "tokenizer_config.json").is_file()
-    return load_tokenizer(ModelSpec(name=str(adapter.absolute())) if saved else spec, "--base")
-
-
-def _adapted(adapter: Path, spec: ModelSpec) -> Any:
-    """Load base and adapter; a pair that does not fit is refused with the reason."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    from sft.adapters import registry
-
-    registry.register_all()
-    model = load_model(spec, "--base")
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except SafetensorError as error:
-        raise UserError(f"{adapter}/adapter_model.safetensors: damaged ({error})") from error
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{adapter}: does not fit the base {spec.name}: {one_line(error)[:300]}"
-        ) from error

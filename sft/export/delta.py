@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sft.errors import UserError
-from sft.export.adapter import DTYPES
+from sft.export.loaded import DTYPES
 from sft.export.merged import export_checked
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
@@ -33,6 +33,11 @@ ENTRIES = {"format", "model", "revision", "model_dtype", "shapes", "base_sha", "
 def is_delta(folder: Path) -> bool:
     """Tell whether a folder holds a delta."""
     return (folder / CONTENT).is_file()
+
+
+def delta_base(folder: Path) -> str:
+    """Return the name of the base that a delta was made for; empty where it does not say."""
+    return str(_read(folder)[0]["model"])
 
 
 def save_delta(
@@ -50,7 +55,7 @@ def save_delta(
     changed = total = 0
     for name, old in before.items():
         new = after[name].detach()
-        indices = _differing(old, new)
+        indices = differing(old, new)
         changed, total = changed + indices.numel(), total + new.numel()
         if indices.numel():
             kind = torch.int32 if new.numel() < 2**31 else torch.int64
@@ -125,7 +130,7 @@ def export_delta(
     name = base or content["model"]
     if not name:
         raise UserError(f"{folder}: does not name its base model; pass --base")
-    refuse_target(to, overwrite=overwrite, sources=[folder, name])
+    refuse_target(to, overwrite=overwrite, sources=[folder, name], option="--out")
     revision = None if base else content["revision"]
     known: Any = content["model_dtype"] if content["model_dtype"] in DTYPES else "auto"
     spec = ModelSpec(name=name, revision=revision, dtype=known)
@@ -135,7 +140,7 @@ def export_delta(
     return export_checked(model, load_tokenizer(spec, "--base"), to, cast)
 
 
-def _differing(old: Tensor, new: Tensor) -> Tensor:
+def differing(old: Tensor, new: Tensor) -> Tensor:
     """Return the flat positions whose bits differ; -0 and 0 do."""
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[old.element_size()]
     bits = (tensor.contiguous().flatten().view(words) for tensor in (old, new))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from sft.errors import UserError
+from sft.export.reloaded import first_output, probe_for, reload
+from sft.export.shards import SHARD
 from sft.quantization import is_quantized
 from sft.whole import written_whole
 
@@ -23,6 +25,7 @@ def export_merged(
     *,
     dtype: torch.dtype | None = None,
     check: Callable[[Path], None] | None = None,
+    max_shard_size: str = SHARD,
 ) -> Any:
     """Merge an adapter into its base and save both as one stock model.
 
@@ -31,25 +34,32 @@ def export_merged(
 
     Args:
         model: A PeftModel, or a plain model (saved as it is).
-        tokenizer: Saved beside the weights.
+        tokenizer: Saved beside the weights; an image processor will do, or None.
         folder: Where to write; replaced when it exists.
         dtype: Cast the merged weights, default: as they are.
         check: Called with the finished folder before it takes its name; may raise.
+        max_shard_size: Of a file of weights.
 
     Returns:
         The merged model, of the base's own class.
     """
     merged = merge(model, dtype)
     with written_whole(folder) as temporary:
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        merged.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         if check is not None:
             check(temporary)
     return merged
 
 
 def export_checked(
-    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_size: str = SHARD,
 ) -> float:
     """Merge, write, reload with stock transformers, and compare logits on a sentence.
 
@@ -58,6 +68,7 @@ def export_checked(
         tokenizer: As for `export_merged`.
         folder: As for `export_merged`.
         dtype: Cast the merged weights, default: as they are.
+        max_shard_size: Of a file of weights.
 
     Returns:
         The largest |logit difference| between the reloaded model and the one in memory.
@@ -65,7 +76,7 @@ def export_checked(
     Raises:
         UserError: It is larger than merging explains.
     """
-    batches = [probe(tokenizer)]
+    batches = [probe_for(model, tokenizer)]
     expected = trained_logits(model, batches)
     bound = merging_bound(model, expected)
     merged = merge(model, dtype)
@@ -76,15 +87,8 @@ def export_checked(
     def check(path: Path) -> None:
         found.append(verify_merged(path, batches, expected, bound=bound))
 
-    export_merged(merged, tokenizer, folder, check=check)
+    export_merged(merged, tokenizer, folder, check=check, max_shard_size=max_shard_size)
     return found[0]
-
-
-def probe(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Encode a sentence to compare logits on."""
-    text = "The quick brown fox jumps over the lazy dog."
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -125,7 +129,7 @@ def logits_of(model: Any, batches: Batches) -> list[torch.Tensor]:
     training = model.training
     model.eval()
     try:
-        return [model(**batch).logits.float().cpu() for batch in batches]
+        return [first_output(model(**batch)).float().cpu() for batch in batches]
     finally:
         model.train(training)
 
@@ -176,18 +180,38 @@ def verify_merged(
     Raises:
         UserError: When the difference exceeds the bound.
     """
-    from transformers import AutoModelForCausalLM
-
     from sft.adapters.quantized import keep_packed
 
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    reloaded = reload(folder)
     keep_packed(reloaded)
-    reloaded.to(batches[0]["input_ids"].device)
-    found = logits_of(reloaded, batches)
+    reloaded.to(next(iter(batches[0].values())).device)
+    return check_equal(
+        logits_of(reloaded, batches), expected, bound=bound, what="the merged folder, reloaded,"
+    )
+
+
+def check_equal(
+    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    *,
+    bound: float = 0.0,
+    what: str,
+) -> float:
+    """Return the largest |difference| of logits.
+
+    Args:
+        found: of what was exported.
+        expected: of the trained model.
+        bound: largest difference allowed; 0 asks for equal bits.
+        what: names what was exported.
+
+    Raises:
+        UserError: it exceeds the bound.
+    """
     worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
     if not worst <= bound:  # NaN fails too
         raise UserError(
-            "export: the merged folder, reloaded, is not the trained model: "
-            f"max |logit difference| {worst:.3g}, allowed {bound:g}"
+            f"export: {what} is not the trained model: max |logit difference| {worst:.3g}, "
+            f"allowed {bound:g}"
         )
     return worst

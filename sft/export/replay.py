@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sft.errors import UserError, one_line
-from sft.export.adapter import DTYPES
 from sft.export.delta import save_delta
+from sft.export.loaded import DTYPES
 from sft.export.merged import export_checked
 from sft.models import load_model, load_tokenizer
 from sft.optim.zeroth_order.log import ZerothOrderLog

@@ -153,7 +153,7 @@ def test_small_deltas_are_lost_in_packing_anew_and_the_error_says_so(lab):
 def test_nothing_is_merged_into_a_packed_base_silently(lab):
     model = lab.adapt(lab.packed(FORMS["nf4"]), METHODS["spiel"], moved=SIZE)
     before = lab.base_bytes(model.get_base_model())
-    with pytest.raises(ValueError, match=r"quantised.*sft\.export_quantized\.merge_quantized"):
+    with pytest.raises(ValueError, match=r"quantised.*sft\.export\.quantized\.merge_quantized"):
         model.merge_adapter()
     stock = lab.adapt(lab.packed(FORMS["nf4"]), METHODS["lora"], moved=SIZE)
     for adapted in (model, stock):

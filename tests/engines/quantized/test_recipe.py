@@ -88,7 +88,7 @@ def test_a_recipe_trains_and_exports_over_a_packed_base(recipe, tmp_path):
     record = json.loads((tmp_path / "run/adapter/base_quantization.json").read_text())
     assert record["quantization"]["bits"] == "nf4"
     adapter, small = str(tmp_path / "run/adapter"), str(tmp_path / "small")
-    asked = ["export", adapter, "--to", small, "--quantized", "requantize"]
+    asked = ["export", adapter, "--to", "merged", "--out", small, "--quantized", "requantize"]
     export = CliRunner().invoke(app, asked)
     assert export.exit_code == 0, export.output
     assert "requantize: |weight error|" in export.output

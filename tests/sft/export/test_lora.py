@@ -12,8 +12,9 @@ from torch import nn
 
 import sft
 from sft.errors import UserError
-from sft.export.adapter import export_adapter_as_lora
 from sft.export.lora import export_lora, verify_lora
+from sft.export.low_rank import Approximation, nearest
+from sft.export.stock import export_adapter_as_lora
 
 IDS = torch.randint(3, 48, (3, 9), generator=torch.Generator().manual_seed(4))
 
@@ -74,7 +75,7 @@ def test_s7_stock_peft_loads_mixed_ranks(request, tmp_path, kind, share) -> None
     assert len(set(ranks.values())) > 1 and len(ranks) <= len(
         model.base_model.adapted_layers("default")
     )
-    assert export_lora(model, tmp_path / "lora") == ranks
+    assert export_lora(model, tmp_path / "lora").ranks == ranks
     assert torch.equal(logits(model), expected)
     loaded = PeftModel.from_pretrained(build(), tmp_path / "lora")
     assert lora_ranks(loaded) == ranks
@@ -93,7 +94,7 @@ def test_s7_stock_peft_loads_mixed_ranks(request, tmp_path, kind, share) -> None
 def test_s8_merged_and_uniform_equal_the_pattern(llama, tmp_path) -> None:
     model = pruned(llama(), 0.6)
     expected, ranks = logits(model), open_ranks(model)
-    found = export_lora(model, tmp_path / "lora", uniform_rank=True)
+    found = export_lora(model, tmp_path / "lora", uniform_rank=True).ranks
     assert found == dict.fromkeys(ranks, max(ranks.values()))
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
@@ -178,7 +179,7 @@ def test_slices_of_s2ft_are_low_rank_too(llama, tmp_path, randomize) -> None:
     config = sft.S2FTConfig(density=0.2, task_type="CAUSAL_LM")
     model = get_peft_model(llama(), config).eval()
     randomize(model)
-    ranks = export_lora(model, tmp_path / "lora")
+    ranks = export_lora(model, tmp_path / "lora").ranks
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora")
     assert lora_ranks(loaded) == ranks
     close(logits(loaded), logits(model))
@@ -186,13 +187,85 @@ def test_slices_of_s2ft_are_low_rank_too(llama, tmp_path, randomize) -> None:
 
 def test_what_has_no_rank_is_refused_in_one_line(llama, tmp_path) -> None:
     nothing = pruned(llama(), share=2.0)
-    with pytest.raises(UserError, match=r"^--format lora: all 14 modules have rank 0") as caught:
+    with pytest.raises(UserError, match=r"^--to lora: all 14 modules have rank 0") as caught:
         export_lora(nothing, tmp_path / "lora")
     assert "\n" not in str(caught.value)
-    spiel = get_peft_model(llama(), sft.SpielConfig(density=0.1))
-    with pytest.raises(UserError, match=r"carries a spiel delta that has no low rank; use --for"):
-        export_lora(spiel, tmp_path / "lora")
+    base = llama()
+    config = sft.SpielConfig(density=0.1, target_modules=["embed_tokens"])
+    with pytest.raises(UserError, match=r"a Embedding, is not linear; use --to merged"):
+        export_lora(get_peft_model(base, config), tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
+
+
+def spiel(base, randomize, targets="all-linear"):
+    config = sft.SpielConfig(density=0.1, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_sparse_delta_is_rounded_to_its_nearest_rank_and_the_error_is_told(
+    request, tmp_path, randomize, kind
+) -> None:
+    build = request.getfixturevalue(kind)
+    model = spiel(build(), randomize)
+    done = export_lora(model, tmp_path / "lora", approximation=Approximation(0.4, max_rank=22))
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "lora")
+    theirs = loaded.base_model.model
+    assert done.errors.keys() == model.base_model.adapted_layers("default").keys()
+    for name, layer in model.base_model.adapted_layers("default").items():
+        delta = layer.get_delta_weight("default").detach()
+        off = theirs.get_submodule(name).get_delta_weight("default") - delta
+        assert float(off.norm() / delta.norm()) == pytest.approx(done.errors[name], abs=1e-5)
+        assert 0.2 < done.errors[name] <= 0.4
+    line = done.lines()[0]
+    assert line.startswith(f"{next(iter(done.errors))}: rank ") and "error 0." in line
+    written = json.loads((tmp_path / "lora/lora_error.json").read_text())
+    assert written == pytest.approx(done.errors)
+
+
+def test_too_large_an_error_is_refused_with_the_rank_that_would_do(llama, tmp_path, randomize):
+    model = spiel(llama(), randomize)
+    message = (
+        r"--max-error: model\.layers\.0\.\S+ is 0\.\d+ away from rank 2, allowed is 0\.05, which "
+        r"takes rank \d+ of 32; raise --rank"
+    )
+    with pytest.raises(UserError, match=message):
+        export_lora(model, tmp_path / "lora", approximation=Approximation(max_rank=2))
+    assert list(tmp_path.iterdir()) == []
+    for options, message in (((1.0, 4), "--max-error: got 1.0"), ((0.1, 0), "--rank: got 0")):
+        with pytest.raises(UserError, match=message):
+            Approximation(*options)
+
+
+def test_the_nearest_product_is_the_best_and_the_smallest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(20, 30, generator=generator)
+    factors, error, needed = nearest(delta, 0.5, 100)
+    assert factors.rank == needed and error <= 0.5
+    off = float((delta - factors.b @ factors.a).norm() / delta.norm())
+    assert off == pytest.approx(error, abs=1e-6)
+    assert nearest(delta, 0.5, needed - 1)[1] > 0.5
+    assert nearest(delta, 0.5, needed - 1)[2] == needed
+    exact = torch.randn(20, 3, generator=generator) @ torch.randn(3, 30, generator=generator)
+    done, error = Approximation(0.3).apply("m", exact)
+    assert done.rank == 3 and error < 1e-5
+    assert nearest(torch.zeros(4, 5), 0.1, 3)[0].rank == 0
+
+
+def test_adapters_of_stock_peft_become_plain_loras_too(llama, tmp_path, randomize) -> None:
+    from peft import LoHaConfig, LoraConfig
+
+    config = LoHaConfig(r=2, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(llama(), config).eval()
+    randomize(model)
+    done = export_lora(model, tmp_path / "lora")
+    assert set(done.ranks.values()) == {4} and max(done.errors.values()) < 1e-5
+    close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(model))
+    scaled = get_peft_model(llama(), LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"q_proj, a Linear, has no plain delta; use --to merged"):
+        export_lora(scaled, tmp_path / "dora")
 
 
 def test_a_wrong_lora_fails_and_takes_no_name(llama, tmp_path) -> None:
@@ -217,37 +290,22 @@ def test_the_command_writes_and_checks(tiny_model, tiny_tokenizer, tmp_path, uni
     saved, to = tmp_path / "adapter", tmp_path / "lora"
     model.save_pretrained(saved)
     tiny_tokenizer.save_pretrained(saved)
-    command = ["export", saved, "--base", tiny_model, "--format", "lora", "--to", to]
+    command = ["export", saved, "--base", tiny_model, "--to", "lora", "--out", to]
     options = ["--uniform-rank"] if uniform else []
     result = CliRunner().invoke(app, [str(word) for word in [*command, *options]])
     assert result.exit_code == 0, result.output
     ranks = open_ranks(model).values()
     low = max(ranks) if uniform else min(ranks)
     shown = f"{len(ranks)} modules of rank {low} to {max(ranks)};"
-    assert shown in result.output and "loaded by PEFT" in result.output
+    assert shown in result.output and "loaded by stock PEFT" in result.output
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), to)
     ids = {"input_ids": torch.tensor([[3, 4, 5]])}
     close(loaded(**ids).logits, model(**ids).logits)
     assert AutoTokenizer.from_pretrained(to).vocab_size == tiny_tokenizer.vocab_size
-    ranks, difference = export_adapter_as_lora(
+    done, difference = export_adapter_as_lora(
         saved, base=str(tiny_model), to=to, uniform_rank=uniform, overwrite=True
     )
-    assert set(ranks) == set(open_ranks(model)) and difference < 1e-4
+    assert difference is not None
+    assert set(done.ranks) == set(open_ranks(model)) and difference < 1e-4
     again = CliRunner().invoke(app, [str(word) for word in command])
     assert again.exit_code == 2 and "is not empty" in again.output
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--format", "onnx"], "--format: got 'onnx'; expected merged or lora"),
-        (["--uniform-rank"], "--uniform-rank: only a LoRA has ranks"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(tmp_path, options, message) -> None:
-    from typer.testing import CliRunner
-
-    from sft.cli import app
-
-    result = CliRunner().invoke(app, ["export", str(tmp_path), "--to", "x", *options])
-    assert result.exit_code == 2 and message in result.output

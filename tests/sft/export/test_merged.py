@@ -136,7 +136,7 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(saved, tmp_path, toke
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="does not fit the base") as caught:
+    with pytest.raises(UserError, match="does not fit") as caught:
         export_adapter(saved, base=str(tmp_path / "other"), to=tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

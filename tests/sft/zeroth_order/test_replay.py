@@ -158,7 +158,16 @@ def test_a_delta_holds_what_changed_and_nothing_else(runs, tiny_model, tmp_path)
     assert 0.15 < share < 0.27
     assert f"{100 * share:.2f} %" in done.detail
     before = (tiny_model / MODEL).read_bytes()
-    result = command("export", tmp_path / "delta", "--base", tiny_model, "--to", tmp_path / "out")
+    result = command(
+        "export",
+        tmp_path / "delta",
+        "--base",
+        tiny_model,
+        "--to",
+        "merged",
+        "--out",
+        tmp_path / "out",
+    )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / MODEL).read_bytes() == (run / "merged" / MODEL).read_bytes()
     assert (tiny_model / MODEL).read_bytes() == before
@@ -187,7 +196,9 @@ def test_another_base_is_refused(run_of, runs, other_base, tmp_path) -> None:
     line = refused("replay", run_of("full"), "--base", other_base, "--to", to)
     assert line.startswith("sft: base: its weights are others than those the run started from; ")
     replay(run_of("full"), to=tmp_path / "delta", form="delta")
-    line = refused("export", tmp_path / "delta", "--base", other_base, "--to", to)
+    line = refused(
+        "export", tmp_path / "delta", "--base", other_base, "--to", "merged", "--out", to
+    )
     assert "is of another base" in line
     config = json.loads((other_base / "config.json").read_text())
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -206,7 +217,16 @@ def test_frozen_weights_have_to_be_those_of_the_run(run_of, kind, other_base, tm
     assert line.startswith("sft: base: its weights are others than those the run started from; ")
     if kind == "part":
         replay(run, to=tmp_path / "delta", form="delta")
-        line = refused("export", tmp_path / "delta", "--base", other_base, "--to", tmp_path / "to")
+        line = refused(
+            "export",
+            tmp_path / "delta",
+            "--base",
+            other_base,
+            "--to",
+            "merged",
+            "--out",
+            tmp_path / "to",
+        )
         assert "is of another base" in line
     assert not (tmp_path / "to").exists()
 
@@ -222,7 +242,17 @@ def test_what_is_read_is_never_replaced(run_of, tiny_model, tmp_path) -> None:
     assert line.endswith("is a file; give a folder")
     replay(run, to=tmp_path / "delta", form="delta")
     for to in (tmp_path / "delta", tmp_path, base):
-        line = refused("export", tmp_path / "delta", "--base", base, "--to", to, "--overwrite")
+        line = refused(
+            "export",
+            tmp_path / "delta",
+            "--base",
+            base,
+            "--to",
+            "merged",
+            "--out",
+            to,
+            "--overwrite",
+        )
         assert "which is read; give another folder" in line
     assert load_log(find_log(run)) and (base / MODEL).is_file() and not list(run.glob(".*"))
 

@@ -1,0 +1,66 @@
+"""Export a patch of a trained model, apply it to the base again and compare logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UserError
+from sft.export.adapter import Say
+from sft.export.merged import check_equal, logits_of
+from sft.export.patch import PatchCounts, apply_patches, write_patch
+from sft.export.reloaded import probe_for
+from sft.export.source import Source
+from sft.models import load_model
+from sft.recipe.schema import ModelSpec
+from sft.whole import refuse_target, written_whole
+
+
+def export_patch(
+    source: Source,
+    to: Path,
+    *,
+    quantized: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    say: Say = print,
+) -> tuple[PatchCounts, float | None]:
+    """Write the weights that changed, as a server that holds the base takes them.
+
+    Args:
+        source: what was trained.
+        to: folder to write.
+        quantized: over a packed base: "reference", a patch of the base as it was.
+        overwrite: replace `to` when it is filled.
+        verify: apply it to the base and compare.
+        say: takes what happens on the way.
+
+    Returns:
+        What the patch holds, and the largest |logit difference| between base and patch and the
+        merged model, if compared.
+    """
+    spec = source.base_spec()
+    refuse_target(to, overwrite=overwrite, sources=[source.folder, spec.name], option="--out")
+    if spec.quantization is not None and quantized != "reference":
+        raise UserError(
+            f"--to patch: the base was packed in {spec.quantization.bits}, and what it was "
+            "unpacked to differs everywhere; pass --quantized reference for a patch of the base "
+            "as it was, or take --to merged"
+        )
+    difference = None
+    opened = source.opened(quantized=quantized, say=say)
+    with opened as (weights, load), written_whole(to) as temporary:
+        counts = write_patch(weights, temporary, spec.name)
+        if verify:
+            difference = _compared(temporary, spec, load(), source.processor())
+    return counts, difference
+
+
+def _compared(folder: Path, spec: ModelSpec, model: Any, processor: Any) -> float:
+    """Compare base and patch with the trained model."""
+    batches, kind = [probe_for(model, processor)], type(model)
+    expected = logits_of(model, batches)
+    del model
+    patched = load_model(ModelSpec(name=spec.name), "--base", kind=kind)
+    apply_patches(dict(patched.named_parameters(remove_duplicate=False)), folder)
+    return check_equal(logits_of(patched, batches), expected, what="base and patch")
