@@ -66,7 +66,7 @@ def preferences():
 
 @pytest.fixture
 def train(tmp_path, preferences, tiny_tokenizer):
-    """Build a DPO or GRPO trainer over a model."""
+    """Build one of TRL's trainers, or of ours, over a model."""
 
     def build(cls: Any, config_class: Any, model: Any, *, out: str = "run", **more: Any) -> Any:
         from datasets import Dataset
@@ -74,6 +74,8 @@ def train(tmp_path, preferences, tiny_tokenizer):
 
         given = {key: more.pop(key) for key in ("peft_config", "ref_model") if key in more}
         rows = preferences
+        if "SFT" in cls.__name__:
+            rows = Dataset.from_dict({"prompt": PROMPTS, "completion": REPLIES["chosen"]})
         if "GRPO" in cls.__name__:
             rows = Dataset.from_dict({"prompt": PROMPTS})
             given["reward_funcs"] = reward
