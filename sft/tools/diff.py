@@ -11,7 +11,7 @@ from sft.export.delta import is_delta
 from sft.tools.compare import compare
 from sft.tools.describe import describe_changes
 from sft.tools.found import Changes, ModelChanges, find_changes
-from sft.tools.opened import SETTINGS
+from sft.tools.opened import is_adapter
 from sft.tools.show import show_comparison, show_description
 
 
@@ -54,4 +54,4 @@ def _both(first: str, second: str, base: str | None) -> tuple[Changes, Changes]:
 def _names_base(target: str) -> bool:
     """Tell whether a target says what it is a change of: an adapter, a delta, a run of one."""
     folder = Path(target).expanduser()
-    return is_delta(folder) or any((p / SETTINGS).is_file() for p in (folder, folder / "adapter"))
+    return is_delta(folder) or is_adapter(folder)

@@ -15,8 +15,9 @@ from sft.adapters.layer import SparseLayer
 from sft.errors import UserError, one_line
 from sft.export.delta import CONTENT, is_delta
 from sft.export.delta import TENSORS as DELTA_TENSORS
+from sft.run.folder import MERGED, RECORD
 from sft.tools.change import Change, change_of, wide
-from sft.tools.opened import Opened, find_adapter, open_adapter
+from sft.tools.opened import Opened, find_adapter, is_adapter, open_adapter
 from sft.tools.weights import Weights, is_model
 
 
@@ -177,7 +178,7 @@ def find_changes(target: str, base: str | None = None) -> Changes:
 
     Args:
         target: folder of an adapter, a run, a delta, or a model (any name of one, with a base).
-        base: what it is compared with; default: as the adapter or delta says.
+        base: what it is compared with; default: as the adapter, delta or run says.
 
     Raises:
         UserError: it is none of these.
@@ -185,12 +186,25 @@ def find_changes(target: str, base: str | None = None) -> Changes:
     folder = Path(target).expanduser()
     if is_delta(folder):
         return DeltaChanges(folder, base)
-    if is_model(folder) or not folder.is_dir():
-        if base is None and folder.is_dir():
+    if is_model(folder) or (base is not None and not folder.is_dir()):
+        if base is None:
             raise UserError(f"{target}: is a whole model; pass --base to see what it changes")
-        if base is not None:
-            return ModelChanges(target, base)
+        return ModelChanges(target, base)
+    if is_model(folder / MERGED) and not is_adapter(folder):
+        return ModelChanges(str(folder / MERGED), base or _trained_by(folder))
     return AdapterChanges(open_adapter(find_adapter(folder), base))
+
+
+def _trained_by(run: Path) -> str:
+    """Return the model that a run trained as a whole."""
+    try:
+        model = json.loads((run / RECORD).read_text(encoding="utf-8"))["recipe"]["model"]
+        name, started_at_random = str(model["name"]), model.get("config") is not None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run}: does not say what it trained; pass --base") from error
+    if started_at_random:
+        raise UserError(f"{run}: trained random weights; there is no base to compare with")
+    return name
 
 
 def pairs(first: Changes, second: Changes) -> Iterator[tuple[str, Change | None, Change | None]]:

@@ -98,6 +98,11 @@ def find_adapter(folder: Path) -> Path:
     return found
 
 
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder is that of an adapter, or of a run with one."""
+    return any((place / SETTINGS).is_file() for place in (folder, folder / "adapter"))
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sft.errors import UserError, one_line
 from sft.tools.describe import describe, layer_of, type_of
-from sft.tools.opened import SETTINGS
+from sft.tools.opened import is_adapter
 
 LOG = "log.jsonl"
 FORMATS = (".png", ".svg", ".pdf")
@@ -43,8 +43,7 @@ def plot(target: Path, out: Path, base: str | None = None) -> list[str]:
     if not target.is_dir():
         raise UserError(f"{target}: no such folder; give that of a run or of an adapter")
     curves = _panels(read_log(target / LOG)) if (target / LOG).is_file() else {}
-    adapted = any((place / SETTINGS).is_file() for place in (target, target / "adapter"))
-    described = describe(target, base) if adapted or not curves else None
+    described = describe(target, base) if is_adapter(target) or not curves else None
     figure = _figure(curves, described, str(target))
     _save(figure, out)
     return [*curves, *(["|delta| by layer and type"] if described is not None else [])]

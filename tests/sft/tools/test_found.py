@@ -159,3 +159,62 @@ def test_an_adapter_of_another_model_is_refused(saved, llama, tmp_path) -> None:
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match=r"does not fit .*small"):
         open_adapter(saved("one"), str(tmp_path / "small"))
+
+
+def test_a_run_of_the_whole_model_is_read_by_its_merged_weights(base, llama, tmp_path) -> None:
+    run = tmp_path / "run"
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.data[2, 3] += 1.0
+    model.save_pretrained(run / "merged")
+    with pytest.raises(UserError, match="does not say what it trained; pass --base"):
+        find_changes(str(run))
+    (run / "run.json").write_text(json.dumps({"recipe": {"model": {"name": str(base)}}}))
+    found = find_changes(str(run))
+    assert found.names() == ["model.layers.0.mlp.up_proj"]
+    assert found.read(found.names()[0]).indices.tolist() == [2 * 32 + 3]
+    scratch = {"recipe": {"model": {"name": str(base), "config": {}}}}
+    (run / "run.json").write_text(json.dumps(scratch))
+    with pytest.raises(UserError, match="trained random weights"):
+        find_changes(str(run))
+
+
+def test_an_adapter_from_random_weights_is_the_weights(base, tmp_path) -> None:
+    from transformers import AutoConfig
+
+    config = sft.SLTrainConfig(r=4, density=0.05)
+    model = sft.pretrain_model(AutoConfig.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "one")
+    found = find_changes(str(tmp_path / "one"), str(base))
+    merged = model.merge_and_unload()
+    for name in found.names():
+        weight = merged.get_submodule(name).weight
+        torch.testing.assert_close(found.read(name).dense(), weight, rtol=0, atol=1e-7)
+
+
+def test_lines_of_single_experts_have_their_positions(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, sft.S2FTConfig(density=0.1, selection="random"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "one")
+    found = find_changes(str(tmp_path / "one"))
+    experts = [name for name in found.names() if name.endswith("experts")]
+    assert experts
+    layers = adapted.base_model.adapted_layers("default")
+    for name in experts:
+        change, layer = found.read(name), layers[name]
+        before = layer.get_base_layer().down_proj.detach().clone()
+        layer.merge()
+        after = layer.get_base_layer().down_proj.detach().clone()
+        layer.unmerge()
+        assert change.shape == tuple(before.shape)
+        torch.testing.assert_close(before + change.dense(), after)
