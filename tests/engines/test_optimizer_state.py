@@ -55,6 +55,8 @@ def test_what_is_gathered_is_a_copy() -> None:
     optimizer = stepped(net)
     tensors = OptimizerState(optimizer).gather(names_of(net))
     before = {key: tensor.clone() for key, tensor in tensors.items()}
+    optimizer.step()
+    same(tensors, before)
     OptimizerState(optimizer).scatter(names_of(net), tensors)
     optimizer.step()
     same(tensors, before)

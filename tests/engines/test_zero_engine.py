@@ -14,6 +14,7 @@ from sft.adapters.ranks import ALONE
 from sft.engines.masters import value_key
 from sft.engines.optimizer_state import OptimizerState, names_of
 from sft.engines.zero import ZeroEngine
+from sft.optim.adamw import SparseAdamW
 from sft.optim.move import move_state
 
 SIZES = {"a": 3, "b": 4, "c": 2}
@@ -97,11 +98,11 @@ def step_twins(run, twins, optimizer, scale):
     optimizer.step()
 
 
-@pytest.fixture
-def pair(process):
+@pytest.fixture(params=[torch.optim.AdamW, SparseAdamW], ids=["torch", "ours"])
+def pair(process, request):
     """A run on flat vectors that has stepped twice, and its twin in one piece."""
-    run = build()
-    twins, optimizer = plain(run)
+    run = build(kind=request.param)
+    twins, optimizer = plain(run, request.param)
     for scale in (1.0, -2.0):
         run.zero.step(scale)
         step_twins(run, twins, optimizer, scale)
@@ -127,12 +128,12 @@ def test_the_state_is_that_of_whole_parameters_by_name(pair) -> None:
     assert {name: tensor.tolist() for name, tensor in run.engine.values().items()} == {
         name: twin.tolist() for name, twin in twins.items()
     }
-    assert optimizer.state[twins["a"]]["step"] == 2
+    assert all(state for state in optimizer.state.values())
 
 
 def test_state_goes_to_a_run_that_has_not_stepped(pair) -> None:
     run, twins, optimizer = pair
-    fresh = build()
+    fresh = build(kind=type(optimizer))
     for group in fresh.zero.optimizer.param_groups:
         group["lr"] = 9.0
     fresh.engine.load_state(run.engine.state())
@@ -155,6 +156,28 @@ def test_making_states_moves_no_weight(process) -> None:
     assert all(flat.grad is gradient for flat, gradient in zip(held, kept, strict=True))
     groups = run.zero.optimizer.param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.25, 0.5), (0.125, 0.5)]
+
+
+def test_states_that_are_made_are_those_of_no_gradient(process) -> None:
+    run = build(kind=torch.optim.SGD, momentum=0.5, weight_decay=0.5)
+    run.engine._shards.make_states()
+    states = [dict(state) for state in run.zero.optimizer.state.values()]
+    assert len(states) == 2 and not any(state["momentum_buffer"].any() for state in states)
+
+
+def test_a_process_holds_the_entries_of_its_part(process) -> None:
+    run = build()
+    shards, held = run.engine._shards, run.model.b._hp_mapping
+    held.hp_fragment_address.start, held.hp_fragment_address.numel = 5, 2
+    held.lp_fragment_address.start = 1
+    shards.put_value(run.model.b, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert run.zero.single_partition_of_fp32_groups[0][5:7].tolist() == [2.0, 3.0]
+    assert shards.value(run.model.b).tolist() == [0.0, 2.0, 3.0, 0.0], "the others have the rest"
+    assert run.model.b.tolist() == [1.0, 2.0, 3.0, 4.0]
+    run.model.b._hp_mapping = None  # another process has all of it
+    shards.put_value(run.model.b, torch.ones(4))
+    assert shards.value(run.model.b).tolist() == 4 * [0.0]
+    assert run.zero.single_partition_of_fp32_groups[0][5:7].tolist() == [2.0, 3.0]
 
 
 def test_a_support_that_changes_takes_masters_and_state_along(pair) -> None:
@@ -195,7 +218,8 @@ def test_an_optimizer_begins_anew_in_place(pair) -> None:
     held = run.zero.optimizer.state[flat]["exp_avg"]
     run.engine.begin_anew()
     state = run.zero.optimizer.state[flat]
-    assert state["exp_avg"] is held and not held.any() and state["step"] == 0
+    assert state["exp_avg"] is held
+    assert all(not torch.as_tensor(value).any() for value in state.values())
 
 
 def test_penalties_shrink_the_entries_of_their_parameters(process) -> None:
@@ -208,6 +232,14 @@ def test_penalties_shrink_the_entries_of_their_parameters(process) -> None:
         free = calm.engine.values()[name]
         wanted = free if rate is None else free.sign() * (free.abs() - 0.5 * rate).clamp(min=0)
         torch.testing.assert_close(run.engine.values()[name], wanted)
+    # all flat vectors in one step, each at the learning rate of its group
+    with torch.no_grad():
+        for flat in run.zero.single_partition_of_fp32_groups:
+            flat.fill_(1.0)
+            flat.grad = torch.zeros_like(flat)
+    run.zero.optimizer.step()
+    found = {name: set(value.tolist()) for name, value in run.engine.values().items()}
+    assert found == {"a": {1 - 0.5 * 0.25}, "b": {1.0}, "c": {1 - 0.5 * 0.125}}
     handle.remove()
     before = run.engine.values()
     run.zero.step(0.0)
