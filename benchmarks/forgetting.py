@@ -15,13 +15,14 @@ from sft.evaluation.forgetting import judge
 from sft.evaluation.general_text import windows
 from sft.evaluation.reduced import Reduced
 from sft.evaluation.spec import ForgettingSpec
-from sft.evaluation.target import as_tuned, find_target, open_processor, open_target
+from sft.evaluation.target import as_tuned, find_target, open_processor, open_target, task_of
 
 
 def main(folder: str) -> None:
     """Print the table for a run with an adapter."""
     target = find_target(folder)
-    tokenizer, model = open_processor(target), open_target(target, None)
+    task = task_of(target)
+    tokenizer, model = open_processor(target, task), open_target(target, task, None)
     read = windows(ForgettingSpec(), tokenizer, model)
     rows = []
     for kept in (model.config.get_text_config().vocab_size, 4096, 1024, 256, 64, 16):

@@ -59,13 +59,20 @@ def chat(
         from transformers import TextStreamer
 
         from sft.evaluation.chat import COMPLETIONS, HELP, Chat, Sampling, converse
-        from sft.evaluation.target import find_target, open_processor, open_target, trained_on
+        from sft.evaluation.target import (
+            find_target,
+            open_processor,
+            open_target,
+            task_of,
+            trained_on,
+        )
 
         found = find_target(target, base=base)
-        tokenizer = open_processor(found)
+        task = task_of(found)
+        tokenizer = open_processor(found, task)
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         plain = trained_on(found) in COMPLETIONS if raw is None else raw
-        model = open_target(found, None, device)
+        model = open_target(found, task, None, device)
         talk = Chat(model, tokenizer, sampling, system, raw=plain)
         streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         if once is not None:

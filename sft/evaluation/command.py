@@ -11,15 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.data.load import Examples, load_data
+from sft.data.spec import DataSpec
 from sft.errors import UserError, unknown_name
 from sft.evaluation import multiple_choice
 from sft.evaluation.forgetting import Forgetting, describe
 from sft.evaluation.likelihood import perplexity
 from sft.evaluation.log_probs import predicts_tokens
 from sft.evaluation.spec import EvaluationSpec, ForgettingSpec
-from sft.evaluation.target import Target, as_tuned, find_target, open_processor, open_target
-from sft.recipe.schema import DataSpec
-from sft.tasks.find import build_task
+from sft.evaluation.target import (
+    Target,
+    as_tuned,
+    find_target,
+    has_classes,
+    open_processor,
+    open_target,
+    task_of,
+)
+from sft.tasks.task import Task
 
 
 def evaluate_target(
@@ -53,13 +61,13 @@ def evaluate_target(
         `target`, `task`, `data`, `examples`, `metrics`, and, if asked for, `base`, `forgetting`.
     """
     target = find_target(name, base=base, recipe=recipe)
-    rows = _examples(target, data)
-    spec = _spec(target, rows.format, metrics, examples, settings)
+    task = task_of(target)
+    rows = _examples(target, task, data)
+    spec = _spec(target, task, rows.format, metrics, examples, settings)
     held_out = _first(rows.held_out, spec.num_examples)
-    processor = open_processor(target)
-    model = open_target(target, rows, device)
+    processor = open_processor(target, task)
+    model = open_target(target, task, rows, device)
     _check_compare(model, name, compare)
-    task = build_task(target.recipe.task if target.recipe else {"name": target.task})
     longest = (target.recipe.training.get("max_length", 1024) if target.recipe else 1024) or 10**9
 
     def judge() -> dict[str, float]:
@@ -101,14 +109,18 @@ def as_json(report: dict[str, Any]) -> str:
     return json.dumps(report, indent=2)
 
 
-def _examples(target: Target, data: str | None) -> Examples:
+def _examples(target: Target, task: Task, data: str | None) -> Examples:
     """Return what is measured as `held_out`."""
     if data is not None:
-        found = load_data(DataSpec(train=data), 0)
-        return Examples(found.train, found.train, found.format)
+        formats = (*task.formats, *(["multiple_choice"] if task.peft_type == "CAUSAL_LM" else []))
+        found = load_data(DataSpec(train=data), 0, formats)
+        tells = found  # which classes there are
+        if target.recipe is not None and target.adapter is not None and has_classes(task):
+            tells = load_data(target.recipe.data, target.recipe.seed, task.formats)
+        return Examples(tells.train, found.train, found.format)
     if target.recipe is None:
         raise UserError(f"--data: {target.name} is of no run; give --data or --recipe")
-    found = load_data(target.recipe.data, target.recipe.seed)
+    found = load_data(target.recipe.data, target.recipe.seed, task.formats)
     if found.held_out is None:
         raise UserError("--data: the recipe holds no examples out; give --data")
     return found
@@ -116,13 +128,13 @@ def _examples(target: Target, data: str | None) -> Examples:
 
 def _spec(
     target: Target,
+    task: Task,
     format: str,
     metrics: list[str] | None,
     examples: int | None,
     settings: dict[str, Any],
 ) -> EvaluationSpec:
     """Return the `evaluation:` section that counts, its metrics checked."""
-    task = build_task(target.recipe.task if target.recipe else {"name": target.task})
     own = target.recipe.evaluation if target.recipe else EvaluationSpec()
     choices = format == "multiple_choice"
     allowed = multiple_choice.NAMES if choices else task.metrics

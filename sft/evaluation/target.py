@@ -18,6 +18,7 @@ from sft.recipe.load import load_recipe
 from sft.recipe.schema import ModelSpec, Recipe
 from sft.run.folder import ADAPTER, MERGED, RECIPE, RECORD
 from sft.tasks.find import build_task, task_classes
+from sft.tasks.task import Task
 from sft.tools.opened import SETTINGS, find_adapter, read_settings
 
 
@@ -72,38 +73,64 @@ def find_target(name: str, *, base: str | None = None, recipe: str | None = None
     return Target(name, spec, recipe=own, task=own.task["name"] if own else _task_of_model(spec))
 
 
-def open_target(target: Target, data: Examples | None, device: str | None = None) -> Any:
+def task_of(target: Target) -> Task:
+    """Return the task of a target; a whole classifier has the classes that it was saved with."""
+    section = dict(target.recipe.task if target.recipe is not None else {"name": target.task})
+    whole = target.adapter is None and target.delta is None and Path(target.spec.name).is_dir()
+    name = section["name"]
+    if whole and has_classes(task_classes()[name]) and _task_of_model(target.spec) == name:
+        config = load_config(target.spec)
+        if config.problem_type != "regression":
+            section["labels"] = [config.id2label[i] for i in range(config.num_labels)]
+    return build_task(section)
+
+
+def has_classes(task: Task | type[Task]) -> bool:
+    """Tell whether a task puts a head for the classes of its data on a model."""
+    return "labels" in task.options_class.model_fields
+
+
+def open_target(
+    target: Target, task: Task, data: Examples | None, device: str | None = None
+) -> Any:
     """Load the model, and put on it what belongs on it.
 
     Args:
         target: of `find_target`.
-        data: what it is judged by, where a task needs it to load its model.
+        task: of `task_of`.
+        data: what it was trained on, where a task needs that to load its model.
         device: where it goes; default: a GPU if there is one.
 
     Returns:
         The model, in eval mode.
+
+    Raises:
+        UserError: it does not load, or a part of it is in no file.
     """
     import torch
 
-    section = target.recipe.task if target.recipe is not None else {"name": target.task}
     given: Any = data  # a language model's task reads none
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_task(section).load_model(target.spec, given, place)
+    model = task.load_model(target.spec, given, place)
     if target.delta is not None:
         apply_delta(model, target.delta)
     if target.adapter is not None:
         model = _adapted(model, target.adapter, target.spec.name)
+    elif missing := getattr(task, "missing", []):
+        raise UserError(
+            f"{target.name}: holds no {missing[0]}, which would be random; train the model for "
+            f"{task.name} first, or give the folder of a run"
+        )
     return (model if is_quantized(model) else model.to(place)).eval()
 
 
-def open_processor(target: Target) -> Any:
+def open_processor(target: Target, task: Task) -> Any:
     """Load the tokenizer or image processor: the one saved beside the adapter, if there is one."""
-    section = target.recipe.task if target.recipe is not None else {"name": target.task}
     spec, folder = target.spec, target.adapter
     saved = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     if folder is not None and any((folder / name).is_file() for name in saved):
         spec = spec.model_copy(update={"name": str(folder.absolute()), "revision": None})
-    return build_task(section).load_processor(spec)
+    return task.load_processor(spec)
 
 
 def trained_on(target: Target) -> str | None:
