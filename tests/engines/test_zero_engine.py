@@ -165,6 +165,18 @@ def test_states_that_are_made_are_those_of_no_gradient(process) -> None:
     assert len(states) == 2 and not any(state["momentum_buffer"].any() for state in states)
 
 
+def test_numbers_of_a_state_come_back_as_numbers(process) -> None:
+    """As those of DeepSpeed's own Adam, which counts steps by an integer."""
+    run = build()
+    flat = run.zero.single_partition_of_fp32_groups[0]
+    run.zero.optimizer.state[flat] = {"step": 5, "exp_avg": torch.zeros_like(flat)}
+    saved = {"step": torch.tensor(7.0), "exp_avg": torch.ones(4)}
+    run.engine._shards.put_state(run.model.b, saved)
+    state = run.zero.optimizer.state[flat]
+    assert state["step"] == 7 and not isinstance(state["step"], torch.Tensor)
+    assert state["exp_avg"].tolist() == [1.0] * 4 + [0.0] * 5
+
+
 def test_a_process_holds_the_entries_of_its_part(process) -> None:
     run = build()
     shards, held = run.engine._shards, run.model.b._hp_mapping
