@@ -14,6 +14,7 @@ from sft.data.load import Examples, load_data
 from sft.data.spec import DataSpec
 from sft.errors import UserError, unknown_name
 from sft.evaluation import multiple_choice
+from sft.evaluation.also import readable
 from sft.evaluation.forgetting import Forgetting, describe
 from sft.evaluation.likelihood import perplexity
 from sft.evaluation.log_probs import predicts_tokens
@@ -112,8 +113,7 @@ def as_json(report: dict[str, Any]) -> str:
 def _examples(target: Target, task: Task, data: str | None) -> Examples:
     """Return what is measured as `held_out`."""
     if data is not None:
-        formats = (*task.formats, *(["multiple_choice"] if task.peft_type == "CAUSAL_LM" else []))
-        found = load_data(DataSpec(train=data), 0, formats)
+        found = load_data(DataSpec(train=data), 0, readable(task))
         tells = found  # which classes there are
         if target.recipe is not None and target.adapter is not None and has_classes(task):
             tells = load_data(target.recipe.data, target.recipe.seed, task.formats)

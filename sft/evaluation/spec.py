@@ -19,6 +19,9 @@ class EvaluationSpec(Section):
     samples: int = Field(
         default=3, ge=0, description="held-out prompts completed before and after training"
     )
+    also: dict[str, str] = Field(
+        default_factory=dict, description="name: path of other data to judge by, such as questions"
+    )
 
 
 class ForgettingSpec(Section):

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from sft.errors import RecipeError
+from sft.errors import RecipeError, UserError
 from sft.recipe.load import load_recipe
 from sft.run.job import train_from_recipe
 
@@ -94,3 +94,28 @@ def test_from_random_weights_there_is_nothing_to_forget(recipe_file):
     assert record["forgetting"] is None
     assert "general text" not in printed
     assert len(record["samples"]) == 3
+
+
+def test_other_data_are_judged_as_well(recipe_file, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    row = {"question": "one two ->", "choices": ["three", "four"], "answer": 0}
+    questions.write_text(f"{json.dumps(row)}\n" * 3)
+    record, printed, log = run(
+        recipe_file, f"evaluation.also={{mmlu: {questions}}}", "training.eval_strategy=steps",
+        "training.eval_steps=4",
+    )  # fmt: skip
+    assert set(record["also"]) == {"mmlu_choice_accuracy", "mmlu_choice_accuracy_norm"}
+    before, after = record["also"]["mmlu_choice_accuracy"]
+    assert {before, after} <= {0.0, 1.0}
+    assert (
+        next(e for e in log if "eval_mmlu_choice_accuracy" in e)["eval_mmlu_choice_accuracy"]
+        == after
+    )
+    assert "also after" in printed
+
+
+def test_other_data_of_no_use_are_named(recipe_file, tmp_path):
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"tokens": ["one"], "tags": [0]}\n')
+    with pytest.raises(UserError, match="found the columns tokens, tags"):
+        run(recipe_file, f"evaluation.also={{mmlu: {labelled}}}")
