@@ -19,7 +19,7 @@ class Pretrain(Supervised):
 
     name: ClassVar[str] = "pretrain"
     summary: ClassVar[str] = "a causal language model learns text from random weights on"
-    formats: ClassVar[tuple[str, ...]] = ("text",)
+    formats: ClassVar[tuple[str, ...]] = ("text", "tokenised")
     metrics: ClassVar[tuple[str, ...]] = ("nll", "perplexity")
     measured: ClassVar[tuple[str, ...]] = ("nll", "perplexity")
     from_random: ClassVar[bool] = True

@@ -17,7 +17,7 @@ class Supervised(TaskBase):
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "a language model learns completions, replies, or text"
-    formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text")
+    formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text", "tokenised")
     metrics: ClassVar[tuple[str, ...]] = language.NAMES
     measured: ClassVar[tuple[str, ...]] = ("nll",)
 
