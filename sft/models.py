@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sft import embedded
+from sft.data.chat_template import read_template
 from sft.errors import UserError, one_line, unknown_name
 from sft.quantization import loading_arguments
 from sft.recipe.schema import ModelSpec
@@ -77,12 +78,17 @@ def load_config(spec: ModelSpec, key: str = "model.name") -> Any:
 
 
 def load_tokenizer(spec: ModelSpec, key: str = "model.name") -> Any:
-    """Load the model's tokenizer; a missing padding token becomes the end-of-text token."""
+    """Load the model's tokenizer, with the recipe's chat template where it gives one.
+
+    A missing padding token becomes the end-of-text token.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, spec, key)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if spec.chat_template is not None:
+        tokenizer.chat_template = read_template(spec.chat_template)
     return tokenizer
 
 

@@ -46,6 +46,14 @@ class Examples:
         """Whether the training examples are read while a model trains."""
         return not hasattr(self.train, "__len__")
 
+    def first(self, count: int) -> Any:
+        """Return the first training examples, at most so many, as a datasets.Dataset."""
+        from datasets import Dataset
+
+        if self.streamed:
+            return Dataset.from_list(list(self.train.take(count)))
+        return self.train.select(range(min(count, len(self.train))))
+
 
 def load_data(spec: DataSpec, seed: int, formats: Sequence[str] | None = None) -> Examples:
     """Load the examples of a recipe; the held-out ones are never trained on.

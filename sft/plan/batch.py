@@ -72,8 +72,11 @@ def _from_data(recipe: Recipe, rows: int, longest: int | None) -> Batch:
     """Return the batch of the longest examples."""
     from sft.data.load import load_data
     from sft.models import load_tokenizer
+    from sft.tasks.find import build_task
 
-    data = load_data(recipe.data, recipe.seed)
+    if recipe.data.streaming:
+        raise UserError("data.streaming: got true, whose rows are not counted; set --length")
+    data = load_data(recipe.data, recipe.seed, build_task(recipe.task).formats)
     chosen = longest_rows(data, load_tokenizer(recipe.model), rows, longest)
     spans = [(len(row.prompt), len(row.prompt) + len(row.completion)) for _, row in chosen]
     length = _padded(max(stop for _, stop in spans), recipe.training.get("pad_to_multiple_of"))

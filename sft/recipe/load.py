@@ -52,7 +52,17 @@ def resolve(source: Source, name: str) -> Recipe:
         }
     )
     check_forgetting(recipe, source)
+    _check_streaming(recipe, source)
     return recipe
+
+
+def _check_streaming(recipe: Recipe, source: Source) -> None:
+    """A stream has no end that is known: the recipe says how long to train."""
+    steps = recipe.training.get("max_steps", -1)
+    if recipe.data.streaming and steps <= 0:
+        raise source.error(
+            "data.streaming", f"got true with max_steps {steps}; set training.max_steps"
+        )
 
 
 def to_yaml(recipe: Recipe) -> str:

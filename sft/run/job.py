@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from sft.data.load import Examples, load_data
+from sft.data.preview import preview, show
+from sft.data.summary import describe, section, skipped
 from sft.environment import check_kernels, versions
 from sft.errors import UserError
 from sft.processes import Team
@@ -83,6 +85,7 @@ class Job:
     processor: Any
     model: Any
     trainer: Any
+    example: dict[str, Any]  # the first one, as the trainer has it
     probes: Probes
     counts: tuple[int, int]  # trained weights, and all that they are a part of
 
@@ -104,10 +107,10 @@ class Job:
         recipe, phases = self.recipe, self.phases
         with self.team.first_on_each_machine_first():
             with phases.phase("data"):
-                self.data = load_data(recipe.data, recipe.seed)
+                self.data = load_data(recipe.data, recipe.seed, self.task.formats)
                 self.held_out = _measured(self.data.held_out, recipe.evaluation.num_examples)
-                held_out = 0 if self.data.held_out is None else len(self.data.held_out)
-                phases.note(f"{len(self.data.train):,} examples to train on, {held_out:,} held out")
+                phases.note(describe(self.data))
+            self._say(*skipped(self.data))
             with phases.phase("model"):
                 self.processor = self.task.load_processor(recipe.model)
                 self.model = self._base()
@@ -142,6 +145,7 @@ class Job:
                 )
             except ValueError as error:
                 raise UserError(f"training: {error}") from error
+            self.example = preview(self.trainer)
             self.probes = Probes(self)
             if (during := self.probes.during()) is not None:
                 self.trainer.add_callback(during)
@@ -150,10 +154,13 @@ class Job:
                 run_folder.clear(self.output, keep_checkpoints=self.checkpoint is not None)
                 (self.output / run_folder.RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
             self.phases.note(_trains(recipe, *self.counts))
-            if not (self.method.saved or recipe.export.merged):
-                self.console.print(
-                    "export.merged is false: the weights stay in checkpoints and logs alone"
-                )
+        show(self.example, self.console)
+        self._say(*self._unsaved())
+
+    def _unsaved(self) -> list[str]:
+        saves = self.method.saved or self.recipe.export.merged
+        line = "export.merged is false: the weights stay in checkpoints and logs alone"
+        return [] if saves else [line]
 
     def measure(self, name: str, former: dict[str, float] | None = None) -> dict[str, float]:
         """Judge the model by the held-out rows, and print the figures.
@@ -208,26 +215,37 @@ class Job:
         if self.trainer.offloaded_base is not None and self.recipe.export.merged:
             self.trainer.offloaded_base.close()  # merging writes to the weights
             self.model.to("cpu")
+        if self.data.streamed:
+            self._say(*skipped(self.data))
         after, probed = self.measure("after", result.before), self.probes.after()
         if self.team.first:
             difference = export(self)
         result = dataclasses.replace(result, after=after, max_logit_difference=difference)
         if self.team.first:
             self._compare(after)
-            notes = {**probed, "versions": versions(), "recipe": self.recipe.model_dump()}
+            data = section(self.data, self.trainer, self.example)
+            notes = {
+                "data": data,
+                **probed,
+                "versions": versions(),
+                "recipe": self.recipe.model_dump(),
+            }
             run_folder.write_record(self.output, dataclasses.asdict(result) | notes)
         return result
 
     def _compare(self, after: dict[str, float]) -> None:
         """Say where the run stays behind what its recipe expects."""
         expected = self.recipe.expected
-        for line in [] if expected is None else broken(expected.metrics, after):
+        self._say(*([] if expected is None else broken(expected.metrics, after)))
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def probe(self) -> Any:
         """Return inputs for the comparison of logits: held-out ones, or else training ones."""
         size = self.recipe.evaluation.batch_size
-        rows = self.held_out if self.held_out is not None else _first(self.data.train, 2 * size)
+        rows = self.held_out if self.held_out is not None else self.data.first(2 * size)
         given = (self.model, self.processor, rows, self.data.format)
         return self.task.probe(*given, size, self.longest)
 
