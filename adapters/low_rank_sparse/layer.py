@@ -49,8 +49,8 @@ class SLTrainLinear(SparseLayer):
     """A frozen weight W0 and, for each adapter, c B A + S beside it.
 
     State of an adapter: `sltrain_values` (k,), `sltrain_a` (r, in), `sltrain_b` (out, r) and, if c
-    is trained, `sltrain_scale` (), all float32; `sltrain_indices` (k,), the sorted positions of S;
-    `sltrain_base` (2,) int64, the fingerprint of W0 and a checksum of the positions.
+    is trained, `sltrain_scale` (1,), all float32; `sltrain_indices` (k,), the sorted positions of
+    S; `sltrain_base` (2,) int64, the fingerprint of W0 and a checksum of the positions.
 
     Resident, W holds w0 + values at the positions of S: forward is one GEMM and the low-rank part.
     """
@@ -226,7 +226,7 @@ class SLTrainLinear(SparseLayer):
         """Return A, B, the sparse values, and c."""
         scale: Scale = self._settings[name].scale
         if name in self.sltrain_scale:
-            scale = torch.tanh(self.sltrain_scale[name])
+            scale = torch.tanh(self.sltrain_scale[name][0])
         return self.sltrain_a[name], self.sltrain_b[name], self.sltrain_values[name], scale
 
     def _ready(self, name: str) -> DeltaSite:

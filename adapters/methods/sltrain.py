@@ -309,7 +309,8 @@ def _initial(config: SLTrainConfig, layer: SLTrainLinear, name: str, k: int) -> 
         "sltrain_b": start_b("b", layer.out_features, config.r),
     }
     if config.trainable_scale:
-        trained["sltrain_scale"] = torch.ones((), dtype=dtype)
+        # of one entry: engines that send or shard parameters take none without a dimension
+        trained["sltrain_scale"] = torch.ones(1, dtype=dtype)
     return trained
 
 

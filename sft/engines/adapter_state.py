@@ -13,6 +13,7 @@ from peft import (
 )
 from torch import Tensor
 
+from sft.adapters.gathered import is_partitioned, read_whole
 from sft.optim.shards import is_sharded, whole
 
 
@@ -27,11 +28,18 @@ def whole_adapters(model: PeftModel) -> dict[str, Tensor]:
     for adapter in model.peft_config:
         chosen = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=adapter)
         wanted |= {id(tensor) for tensor in chosen.values()}
-    return {
+    found = {
         name: whole(tensor) if isinstance(tensor, Tensor) else tensor
         for name, tensor in state.items()
         if id(tensor) in wanted or not is_sharded(tensor)
     }
+    # PEFT saves an adapted embedding with its frozen table, which ZeRO-3 may keep in parts
+    tables = {
+        name: read_whole(parameter).cpu()
+        for name, parameter in model.named_parameters()
+        if is_partitioned(parameter) and not parameter.requires_grad and id(state[name]) in wanted
+    }
+    return found | tables
 
 
 def load_adapters(model: PeftModel, folder: Path) -> None:
@@ -46,5 +54,7 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
     """
     for adapter in model.peft_config:
         own = folder if adapter == "default" else folder / adapter
-        tensors = load_peft_weights(str(own), device="cpu")
+        read = load_peft_weights(str(own), device="cpu")
+        # a frozen table that PEFT saved is the base's, which ZeRO-3 may keep in parts
+        tensors = {name: t for name, t in read.items() if not name.endswith(".base_layer.weight")}
         set_peft_model_state_dict(model, tensors, adapter_name=adapter)

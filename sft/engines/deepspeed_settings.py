@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from sft.adapters.base import SparseTuner
 from sft.adapters.calibrate import pending_adapters
 from sft.adapters.geometry import Kind
 from sft.adapters.layer import sparse_layers
+from sft.adapters.quantized import packed_modules
 from sft.identity import sparse_tuner
 from sft.optimizer_name import optimizer_name
 from sft.updates import wants_per_layer
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORCE = "zero_force_ds_cpu_optimizer"
 
 
@@ -29,6 +34,7 @@ def check_deepspeed(trainer: Any) -> None:
     config = plugin.hf_ds_config.config
     check_stepping(tuner)
     _check_precision(config, plugin.zero_stage)
+    _check_packed(trainer.model, config)
     names = {optimizer_name(tuner.peft_config[a], trainer.args) for a in tuner.active_adapters}
     _check_optimizer(config, names, tuner)
     _check_offload(config)
@@ -72,7 +78,7 @@ def check_sharded(tuner: SparseTuner, stock: Any) -> None:
 
 
 def _check_precision(config: dict[str, Any], stage: int) -> None:
-    halves = [key for key in ("bf16", "fp16") if _on(config, key)]
+    halves = [key for key in _HALVES if _on(config, key)]
     if stage == 0 and halves:
         raise ValueError(
             f"deepspeed.zero_optimization.stage: got 0 with {halves[0]}, which keeps no masters "
@@ -84,6 +90,18 @@ def _check_precision(config: dict[str, Any], stage: int) -> None:
             "deepspeed.data_types.grad_accum_dtype: got 'fp32' with bf16 and stage 1, which has an "
             "optimizer of its own; set stage 2, or leave it out"
         )
+
+
+def _check_packed(model: nn.Module, config: dict[str, Any]) -> None:
+    halves = [dtype for key, dtype in _HALVES.items() if _on(config, key)]
+    for _, module in packed_modules(model):
+        storage = module.weight.dtype
+        if halves and storage.is_floating_point and storage != halves[0]:
+            found, half = (str(d).removeprefix("torch.") for d in (storage, halves[0]))
+            raise ValueError(
+                f"bnb_4bit_quant_storage: got {found} under DeepSpeed in {half}, to which it would "
+                f"cast the packed bits; set {half} or uint8"
+            )
 
 
 def _check_optimizer(config: dict[str, Any], names: set[str], tuner: SparseTuner) -> None:

@@ -71,7 +71,6 @@ def check_dtypes(model: nn.Module) -> None:
 _REFUSED: dict[str, tuple[Any, str]] = {
     "compact_after": (None, "whose shards keep their size"),
     "layout": ("index", "where no weight lies whole that could be reordered"),
-    "trainable_scale": (False, "which shards no scalar"),
     "per_layer_updates": (False, "which hands out gradients after backward"),
 }
 _REFUSED_PENDING: dict[str, tuple[Any, str]] = {

@@ -88,6 +88,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"learning_rate": 2e-3},
     ),
     "sltrain": (peft("SLTrainConfig", density=0.05, r=4), {}),
+    "sltrain-scale": (peft("SLTrainConfig", density=0.05, r=4, trainable_scale=True), {}),
+    "sltrain-pretrain": (peft("SLTrainConfig", density=0.05, r=4, form="pretrain"), {}),
 }
 
 

@@ -24,6 +24,8 @@ def load(path: Path) -> Any:
 
 
 cases = load(HERE / "ddp_cases.py")
+packed_cases = load(HERE / "packed_cases.py")
+packed_cases.add_to(cases)
 laboratory = load(HERE.parent / "sft" / "training" / "conftest.py")
 
 # an optimizer that DeepSpeed makes
@@ -49,6 +51,15 @@ FURTHER: dict[str, tuple[str, int, dict[str, Any]]] = {
     **{f"{name}-0": (name, 0, {}) for name in
        ("spiel-calibrated", "s2ft", "s2ft-activation", "s2ft-gradient", "s2ft-experts", "sora",
         "sltrain", "full", "lora")},
+    **{f"sltrain-scale-{stage}": ("sltrain-scale", stage, {}) for stage in range(4)},
+    **{f"sltrain-pretrain-{stage}": ("sltrain-pretrain", stage, {}) for stage in range(3)},
+    **{f"packed-{name}-2": (f"packed-{name}", 2, {}) for name in
+       ("spiel", "spiel-calibrated", "spiel-embedding", "s2ft", "s2ft-activation",
+        "s2ft-gradient", "sora", "sltrain")},
+    **{f"packed-{name}-3": (f"packed-{name}", 3, {}) for name in
+       ("spiel", "spiel-embedding", "s2ft", "s2ft-activation", "sora", "sltrain")},
+    "sharded-spiel-3": ("sharded-spiel", 3, {}),
+    "int8-spiel-2": ("int8-spiel", 2, {}),
     "full-3": ("full", 3, {"conf": {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}}),
 }  # fmt: skip
 
@@ -82,7 +93,9 @@ class DeepSpeedLab(laboratory.Lab):
 def build(lab: Any, name: str, stage: int, out: str, **settings: Any) -> Any:
     """Return the trainer of a case at a stage of ZeRO."""
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # an earlier run's, by which a base would be read in parts
     type(lab).conf = config(stage, **settings.pop("conf", {}))
     count = torch.distributed.get_world_size()
     return cases.build(name, lab, out, processes=count, **settings)

@@ -138,6 +138,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
     "sm3-static": ("SpielConfig", {"density": 0.1, "growth": "none", "optimizer": "sm3"}, 1, {}),
     "per-layer": ("SLTrainConfig", {"per_layer_updates": True}, 0, {}),
     "compaction": ("SoRAConfig", {"compact_after": 2}, 2, {}),
+    "pretrain": ("SLTrainConfig", {"form": "pretrain"}, 3, {}),
+    "experts": ("S2FTConfig", {"density": 0.1, "base": lambda _: runs().cases.experts()}, 3, {}),
+    "storage": (
+        "S2FTConfig",
+        {"density": 0.1, "base": lambda lab: runs().packed_cases.base("sharded")(lab)},
+        2, {"bf16": True},
+    ),
     "permuted": ("S2FTConfig", {"ratio": 0.25, "layout": "permuted"}, 3, {}),
     "half-0": ("SpielConfig", {"density": 0.1}, 0, {"bf16": True}),
     "optimizer": (

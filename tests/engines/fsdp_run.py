@@ -30,6 +30,8 @@ def load(path: Path) -> Any:
 
 
 cases = load(HERE / "ddp_cases.py")
+packed_cases = load(HERE / "packed_cases.py")
+packed_cases.add_to(cases)
 laboratory = load(HERE.parent / "sft" / "training" / "conftest.py")
 
 
@@ -132,9 +134,16 @@ def half(lab: Any) -> dict[str, Any]:
     return {**found, "pristine": pristine(trainer, lab.base().bfloat16())}
 
 
+def forward(lab: Any) -> dict[str, Any]:
+    """Train an adapter without gradients, in whole copies of a packed base."""
+    lab = laboratory.Lab(lab.folder)
+    trainer = packed_cases.by_forward_passes(cases, lab, "forward", processes=2)
+    return finish(trainer, lab.folder / "forward")
+
+
 def refused(lab: Any) -> dict[str, Any]:
     """Ask for what can't be sharded."""
-    model = cases.peft("SLTrainConfig", density=0.05, trainable_scale=True)(lab)
+    model = cases.peft("S2FTConfig", density=0.5, layout="permuted")(lab)
     return finish(lab.trainer("refused", model=model), lab.folder / "refused")
 
 
@@ -164,50 +173,6 @@ def offloaded(lab: Any) -> dict[str, Any]:
     return {"moved": float(ended[0].abs().max()), "error": float((ended[0] - ended[1]).abs().max())}
 
 
-def packed(storage: torch.dtype) -> Any:
-    """Return what loads the model of `write_dense` in NF4, packed into numbers of this type."""
-
-    def base(lab: Any) -> Any:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-        form = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.float32,
-            bnb_4bit_quant_storage=storage,
-        )
-        return AutoModelForCausalLM.from_pretrained(
-            DENSE["folder"], quantization_config=form, device_map="cpu"
-        )
-
-    return base
-
-
-def write_dense(lab: Any, folder: Path) -> None:
-    """Write a model whose rows bitsandbytes can pack."""
-    lab.base(hidden_size=64, intermediate_size=128).save_pretrained(folder)
-    DENSE["folder"] = folder
-
-
-DENSE: dict[str, Path] = {}
-# over a base in 4 bits, whole in each process, and in shards: bitsandbytes packs into floats too
-PACKED: dict[str, tuple[str, dict[str, Any]]] = {
-    "spiel": ("SpielConfig", cases.GROW),
-    "s2ft": ("S2FTConfig", {"density": 0.1}),
-    "sora": ("SoRAConfig", {"r": 4}),
-    "sltrain": ("SLTrainConfig", {"density": 0.05, "r": 4}),
-}
-for name, (owner, fields) in PACKED.items():
-    cases.MODELS[f"packed-{name}"] = (cases.peft(owner, packed(torch.uint8), **fields), {})
-    cases.MODELS[f"sharded-{name}"] = (cases.peft(owner, packed(torch.float32), **fields), {})
-cases.MODELS["sltrain-scale"] = (
-    cases.peft("SLTrainConfig", density=0.05, r=4, trainable_scale=True),
-    {"max_steps": 4},
-)
-cases.MODELS["sltrain-pretrain"] = (
-    cases.peft("SLTrainConfig", density=0.05, r=4, form="pretrain"),
-    {"max_steps": 4},
-)
 cases.MODELS["sora-l1"] = (cases.peft("SoRAConfig", r=4, l1=0.5), {"max_steps": 3})
 cases.MODELS["spiel-few"] = (
     cases.peft("SpielConfig", num_weights=14, reselect_every=2, window=1),
@@ -215,6 +180,7 @@ cases.MODELS["spiel-few"] = (
 )
 # (lab, folder of the runs of one process)
 SPECIAL: dict[str, Any] = {
+    "forward": lambda lab, alone: forward(lab),
     "again": lambda lab, alone: resumed(lab),
     "from-plain": lambda lab, alone: resumed(lab, "from-plain", alone / "spiel"),
     "best": lambda lab, alone: best(lab),
@@ -239,7 +205,6 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     lab, found = FsdpLab(folder), {}
-    DENSE["folder"] = alone / "dense"
     for name in names:
         try:
             special = SPECIAL.get(name)

@@ -25,6 +25,8 @@ FSDP_NOT = ENGINES + "test_fsdp_settings.py::test_settings_of_a_method[{}]"
 PACKED = ENGINES + "quantized/test_training.py::test_a_packed_base_trains_as_its_dense_twin[{}]"
 CHOSEN = ENGINES + "quantized/test_training.py::test_batches_choose_as_over_the_dense_twin[{}]"
 QUANTIZED = ENGINES + "quantized/test_training.py::{}"
+EIGHT = ENGINES + "quantized/test_training.py::test_batches_choose_over_8_bits_up_to_near_ties[{}]"
+FORWARD = "test_forward_passes_alone_train_an_adapter_over_a_packed_base[{}]"
 COPIED = ENGINES + "test_fsdp.py::test_copies_over_a_packed_base_end_where_one_process_does[{}]"
 REFUSED = ENGINES + "test_ddp.py::test_what_cannot_be_is_refused_by_every_process"
 S2FT = TRAINING + "test_s2ft.py::{}"
@@ -55,10 +57,11 @@ def no(why: str, pattern: str = "", *names: str) -> Cell:
     return Cell(tuple(pattern.format(name) for name in names), why)
 
 
-UNTRIED = no("untried")
 NO_ZEROTH = no(
     "it has no gradients to shard", ZEROTH, ".py::test_engines_that_shard_weights_are_refused"
 )
+NO_SM3 = no("ZeRO's flat vectors have no rows and columns for SM3", ZERO_NOT, "sm3")
+NO_BACKWARD = no("ZeRO-3 takes no backward pass beside training's", ZERO_NOT, "calibrated")
 BY_ENGINE_HEAD = ("one process", "DDP", "ZeRO-0", "ZeRO-1, 2", "ZeRO-3", "FSDP2")
 BY_ENGINE: Table = {
     "SpIEL, `growth: gradient`": (
@@ -73,7 +76,7 @@ BY_ENGINE: Table = {
         yes(CUT, "momentum"),
         yes(DDP, "spiel-momentum"),
         yes(ZERO, "spiel-momentum-0"),
-        *(no("ZeRO's flat vectors have no rows and columns for SM3", ZERO_NOT, "sm3"),) * 2,
+        *(NO_SM3,) * 2,
         yes(FSDP, "spiel-momentum"),
     ),
     "SpIEL, support chosen by batches": (
@@ -81,7 +84,7 @@ BY_ENGINE: Table = {
         yes(DDP, "spiel-calibrated"),
         yes(ZERO_MORE, "spiel-calibrated-0"),
         yes(ZERO, "spiel-calibrated-2"),
-        no("it takes no backward pass beside training's", ZERO_NOT, "calibrated"),
+        NO_BACKWARD,
         yes(FSDP, "spiel-calibrated"),
     ),
     "S2FT": (
@@ -113,7 +116,7 @@ BY_ENGINE: Table = {
         yes(DDP, "s2ft-experts"),
         yes(ZERO_MORE, "s2ft-experts-0"),
         yes(ZERO, "s2ft-experts-1"),
-        no("ZeRO-3 gathers no weight that a layer reads by itself"),
+        no("ZeRO-3 gathers no weight that a layer reads by itself", ZERO_NOT, "experts"),
         yes(FSDP, "s2ft-experts"),
     ),
     "SoRA": (
@@ -140,19 +143,19 @@ BY_ENGINE: Table = {
     ),
     "SLTrain, `form: pretrain`": (
         yes("tests/sft/test_pretrain.py::{}", "test_everything_trains"),
-        UNTRIED,
-        UNTRIED,
-        UNTRIED,
-        no("ZeRO-3 partitions no parameter of no entries"),
+        yes(DDP, "sltrain-pretrain"),
+        yes(ZERO_MORE, "sltrain-pretrain-0"),
+        yes(ZERO_MORE, "sltrain-pretrain-1", "sltrain-pretrain-2"),
+        no("ZeRO-3 partitions no parameter of no entries", ZERO_NOT, "pretrain"),
         yes(FSDP, "sltrain-pretrain"),
     ),
     "SLTrain, `trainable_scale`": (
         yes(SLTRAIN, "test_interrupted_and_resumed_is_uninterrupted"),
-        yes(COPIED, "sltrain-scale"),
-        UNTRIED,
-        UNTRIED,
-        UNTRIED,
-        no("FSDP shards no scalar", FSDP_NOT, "trainable_scale"),
+        yes(DDP, "sltrain-scale"),
+        yes(ZERO_MORE, "sltrain-scale-0"),
+        yes(ZERO_MORE, "sltrain-scale-1", "sltrain-scale-2"),
+        yes(ZERO_MORE, "sltrain-scale-3"),
+        yes(FSDP, "sltrain-scale"),
     ),
     "SLTrain, `per_layer_updates`": (
         yes(SLTRAIN, "test_fact24_per_layer_updates_are_the_ordinary_ones"),
@@ -183,54 +186,93 @@ BY_ENGINE: Table = {
     ),
 }
 
-BY_BASE_HEAD = ("NF4, FP4", "int8", "NF4 + DDP", "NF4 + FSDP2")
+BY_BASE_HEAD = (
+    "NF4, FP4", "int8", "NF4 + DDP", "NF4 + FSDP2", "NF4 + ZeRO-2", "NF4 + ZeRO-3",
+)  # fmt: skip
 BY_BASE: Table = {
     "SpIEL, `growth: gradient`": (
         yes(PACKED, "nf4-spiel-gradient", "fp4-double-spiel-gradient"),
         yes(PACKED, "int8-spiel-gradient"),
         yes(COPIED, "packed-spiel"),
         yes(FSDP, "packed-spiel", "sharded-spiel"),
+        yes(ZERO_MORE, "packed-spiel-2", "int8-spiel-2"),
+        yes(ZERO_MORE, "packed-spiel-3", "sharded-spiel-3"),
     ),
-    "SpIEL, `growth: momentum`": (yes(PACKED, "nf4-spiel-momentum"), UNTRIED, UNTRIED, UNTRIED),
-    "SpIEL, support chosen by batches": (yes(CHOSEN, "spiel-fisher"), UNTRIED, UNTRIED, UNTRIED),
-    "SpIEL, embeddings": (yes(PACKED, "nf4-spiel-embedding"), UNTRIED, UNTRIED, UNTRIED),
+    "SpIEL, `growth: momentum`": (
+        yes(PACKED, "nf4-spiel-momentum"),
+        yes(PACKED, "int8-spiel-momentum"),
+        yes(COPIED, "packed-spiel-momentum"),
+        yes(FSDP, "sharded-spiel-momentum"),
+        *(NO_SM3,) * 2,
+    ),
+    "SpIEL, support chosen by batches": (
+        yes(CHOSEN, "spiel-fisher"),
+        yes(EIGHT, "spiel-fisher"),
+        yes(COPIED, "packed-spiel-calibrated"),
+        yes(FSDP, "sharded-spiel-calibrated"),
+        yes(ZERO_MORE, "packed-spiel-calibrated-2"),
+        NO_BACKWARD,
+    ),
+    "SpIEL, embeddings": (
+        yes(PACKED, "nf4-spiel-embedding"),
+        yes(PACKED, "int8-spiel-embedding"),
+        yes(COPIED, "packed-spiel-embedding"),
+        yes(FSDP, "sharded-spiel-embedding"),
+        yes(ZERO_MORE, "packed-spiel-embedding-2"),
+        yes(ZERO_MORE, "packed-spiel-embedding-3"),
+    ),
     "S2FT": (
         yes(PACKED, "nf4-s2ft", "nf4-s2ft-output-side", "fp4-double-s2ft"),
         yes(PACKED, "int8-s2ft"),
         yes(COPIED, "packed-s2ft"),
         yes(FSDP, "sharded-s2ft"),
+        yes(ZERO_MORE, "packed-s2ft-2"),
+        yes(ZERO_MORE, "packed-s2ft-3"),
     ),
     "S2FT, units chosen by batches": (
-        yes(CHOSEN, "s2ft-activation", "s2ft-product"), UNTRIED, UNTRIED, UNTRIED,
+        yes(CHOSEN, "s2ft-activation", "s2ft-product"),
+        yes(EIGHT, "s2ft-activation", "s2ft-product"),
+        yes(COPIED, "packed-s2ft-activation", "packed-s2ft-gradient"),
+        yes(FSDP, "sharded-s2ft-activation", "sharded-s2ft-gradient"),
+        yes(ZERO_MORE, "packed-s2ft-activation-2", "packed-s2ft-gradient-2"),
+        yes(ZERO_MORE, "packed-s2ft-activation-3"),
     ),
     "S2FT, `layout: permuted`": (
         *(no(
             "packed weights can't be reordered",
             QUANTIZED, "test_the_permuted_layout_is_refused_with_the_layout_that_works",
-        ),) * 4,
+        ),) * 6,
     ),
     "SoRA": (
         yes(PACKED, "nf4-sora", "fp4-double-sora"),
         yes(PACKED, "int8-sora"),
         yes(COPIED, "packed-sora"),
         yes(FSDP, "sharded-sora"),
+        yes(ZERO_MORE, "packed-sora-2"),
+        yes(ZERO_MORE, "packed-sora-3"),
     ),
     "SLTrain": (
         yes(PACKED, "nf4-sltrain", "fp4-double-sltrain"),
         yes(PACKED, "int8-sltrain"),
         yes(COPIED, "packed-sltrain"),
         yes(FSDP, "sharded-sltrain"),
+        yes(ZERO_MORE, "packed-sltrain-2"),
+        yes(ZERO_MORE, "packed-sltrain-3"),
     ),
     "full": (
         *(no(
             "packed weights don't train",
             QUANTIZED, "test_a_dense_method_over_packed_weights_is_refused",
-        ),) * 4,
+        ),) * 6,
     ),
     "zeroth order over an adapter": (
-        yes(QUANTIZED, "test_forward_passes_alone_train_an_adapter_over_a_packed_base"),
-        UNTRIED, UNTRIED,
-        NO_ZEROTH,
+        yes(QUANTIZED, FORWARD.format("nf4")),
+        yes(QUANTIZED, FORWARD.format("int8")),
+        yes(
+            ENGINES + "test_fsdp.py::{}",
+            "test_forward_passes_alone_train_copies_over_a_packed_base",
+        ),
+        *(NO_ZEROTH,) * 3,
     ),
 }  # fmt: skip
 
@@ -238,19 +280,24 @@ BY_MEMORY_HEAD = ("checkpointed activations", "`offload.base`", "`offload.optimi
 BY_MEMORY: Table = {
     "SpIEL, `growth: gradient`": (yes(ONCE, "spiel"), yes(DISK, "spiel"), yes(HOST, "spiel")),
     "SpIEL, `growth: momentum`": (
-        yes(ONCE, "spiel-momentum"), UNTRIED,
+        yes(ONCE, "spiel-momentum"), yes(DISK, "momentum"),
         no(
             "SM3's accumulators are not by entry",
             ENGINES + "test_offload.py::{}", "test_what_can_not_be_offloaded_is_refused",
         ),
     ),
-    "SpIEL, support chosen by batches": (UNTRIED, yes(DISK, "calibrated"), yes(HOST, "calibrated")),
+    "SpIEL, support chosen by batches": (
+        yes(ENGINES + "test_checkpointing.py::{}", "test_batches_choose_the_same_support"),
+        yes(DISK, "calibrated"), yes(HOST, "calibrated"),
+    ),
     "S2FT": (yes(ONCE, "s2ft"), yes(DISK, "s2ft"), yes(HOST, "s2ft")),
-    "S2FT, `layout: permuted`": (yes(ONCE, "s2ft-permuted"), UNTRIED, UNTRIED),
+    "S2FT, `layout: permuted`": (
+        yes(ONCE, "s2ft-permuted"), yes(DISK, "s2ft-permuted"), yes(HOST, "s2ft-permuted"),
+    ),
     "SoRA": (yes(ONCE, "sora"), yes(DISK, "sora"), yes(HOST, "sora")),
     "SLTrain": (
         yes(EVERY, "test_checkpointing_activations_changes_nothing[sltrain]"),
-        UNTRIED, UNTRIED,
+        yes(DISK, "sltrain"), yes(HOST, "sltrain"),
     ),
 }  # fmt: skip
 
@@ -289,8 +336,6 @@ def page(text: str) -> str:
 def _mark(cell: Cell, reasons: list[str]) -> str:
     if not cell.why:
         return "yes"
-    if cell == UNTRIED:
-        return cell.why
     if cell.why not in reasons:
         reasons.append(cell.why)
     return f"no ({reasons.index(cell.why) + 1})"

@@ -107,6 +107,10 @@ def own(adapted):
     return {n: p.detach().clone() for n, p in adapted.named_parameters() if p.requires_grad}
 
 
+def supports(adapted):
+    return {n: t.clone() for n, t in adapted.named_buffers() if "indices" in n}
+
+
 def assert_equal(left, right):
     assert left.keys() == right.keys() and left
     for name, value in left.items():
@@ -129,6 +133,20 @@ def test_layers_below_the_trained_ones_run_once(case, tmp_path) -> None:
     for name, parameter in checked.named_parameters():
         if name in base:
             assert torch.equal(parameter, base[name]), name
+
+
+@pytest.mark.engines
+def test_batches_choose_the_same_support(tmp_path) -> None:
+    chosen = {"selection": "gradient", "growth": "none"}
+    plain, checked = model(**chosen), model(**chosen)
+    start = supports(checked)
+    trainer(tmp_path / "plain", plain, on=False).train()
+    counter = Counter(checked)
+    trainer(tmp_path / "checked", checked).train()
+    assert counter.runs[2] - counter.runs[0] >= 4  # training's four passes are run anew above
+    assert_equal(own(checked), own(plain))
+    assert_equal(supports(checked), supports(plain))
+    assert any(not torch.equal(start[name], found) for name, found in supports(checked).items())
 
 
 def test_accumulated_and_resumed_is_uninterrupted(tmp_path) -> None:

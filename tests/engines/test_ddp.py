@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 METHODS = [
     "full", "lora", "spiel", "spiel-accumulated", "spiel-momentum", "spiel-calibrated",
     "spiel-nf4", "s2ft", "s2ft-activation", "s2ft-gradient", "s2ft-experts", "sora", "sltrain",
+    "sltrain-scale", "sltrain-pretrain",
 ]  # fmt: skip
 
 

@@ -15,17 +15,28 @@ import pytest
 import safetensors.torch
 import torch
 
+# an adapted embedding is saved with its table
+pytestmark = pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 HERE = Path(__file__).parent
 QUICK = ["spiel", "spiel-momentum", "s2ft", "sora", "sltrain"]
 SLOW = [
     "spiel-accumulated", "spiel-calibrated", "spiel-few", "s2ft-activation", "s2ft-experts",
-    "sora-l1", "lora", "packed-spiel", "sharded-spiel", "sharded-s2ft", "sharded-sora",
-    "sharded-sltrain", "sltrain-pretrain", "full",
+    "sora-l1", "lora", "packed-spiel", "sharded-spiel", "sharded-spiel-momentum",
+    "sharded-spiel-calibrated", "sharded-spiel-embedding", "sharded-s2ft",
+    "sharded-s2ft-activation", "sharded-s2ft-gradient", "sharded-sora", "sharded-sltrain",
+    "sltrain-scale", "sltrain-pretrain", "full",
 ]  # fmt: skip
 # in whole copies, for what shards are measured by
-COPIED = ["packed-spiel", "packed-s2ft", "packed-sora", "packed-sltrain", "sltrain-scale"]
+COPIED = [
+    "packed-spiel", "packed-spiel-momentum", "packed-spiel-calibrated", "packed-spiel-embedding",
+    "packed-s2ft", "packed-s2ft-activation", "packed-s2ft-gradient", "packed-sora",
+    "packed-sltrain",
+]  # fmt: skip
 # what both processes do beside: the first runs of a list come before it
-EXTRA = {"quick": ["again", "from-plain", "refused"], "slow": ["best", "half", "offloaded"]}
+EXTRA = {
+    "quick": ["again", "from-plain", "refused"],
+    "slow": ["best", "half", "offloaded", "forward"],
+}
 EXTRA["slow"] += [f"ddp-{name}" for name in COPIED]
 METHODS = [*QUICK, *(pytest.param(name, marks=pytest.mark.engines) for name in SLOW)]
 SHARDED = [case for case in METHODS if "packed-spiel" not in getattr(case, "values", ())]
@@ -62,7 +73,7 @@ class Runs:
 def train_alone(worker, folder: Path, names: list[str]) -> tuple[Any, dict[str, Any]]:
     lab, found, threads = worker.laboratory.Lab(folder), {}, torch.get_num_threads()
     torch.set_num_threads(1)
-    worker.write_dense(lab, folder / "dense")
+    worker.packed_cases.write_dense(lab)
     for name in names:
         given = worker.SETTINGS.get(name, {})
         trainer = found[name] = worker.cases.build(name, lab, name, processes=1, **given)
@@ -75,6 +86,7 @@ def train_alone(worker, folder: Path, names: list[str]) -> tuple[Any, dict[str, 
 def train_both(worker, factory: Any, names: list[str], sharded: list[str]) -> Runs:
     lab, trainers = train_alone(worker, factory.mktemp("alone"), names)
     folder = factory.mktemp("fsdp")
+    worker.packed_cases.write_dense(worker.laboratory.Lab(folder))
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     given = [HERE / "fsdp_run.py", folder, lab.folder, *sharded]
     done = subprocess.run(
@@ -184,7 +196,7 @@ def test_stages_are_kept(quick) -> None:
 
 def test_what_cannot_be_sharded_is_refused_before_it_is(quick) -> None:
     error = quick.ranks[0]["refused"]["error"]
-    assert error.startswith("trainable_scale: got True under FSDP, which shards no scalar; set")
+    assert error.startswith("layout: got 'permuted' under FSDP, where no weight lies whole")
 
 
 @pytest.mark.engines
@@ -193,6 +205,16 @@ def test_copies_over_a_packed_base_end_where_one_process_does(slow, name) -> Non
     copied = read(slow.folder / f"ddp-{name}" / "saved")
     assert_alike(copied, read(slow.alone / name / "saved"))
     assert slow.ranks[0][f"ddp-{name}"]["kinds"] != ["DTensor"]
+
+
+@pytest.mark.engines
+def test_forward_passes_alone_train_copies_over_a_packed_base(slow, worker) -> None:
+    trainer = worker.packed_cases.by_forward_passes(worker.cases, slow.lab, "forward", processes=1)
+    trainer.train()
+    trainer.model.save_pretrained(slow.alone / "forward" / "saved")
+    wanted = read(slow.alone / "forward" / "saved")
+    assert_alike(read(slow.folder / "forward" / "saved"), wanted)
+    assert any(bool(tensor.any()) for name, tensor in wanted.items() if "values" in name)
 
 
 @pytest.mark.engines

@@ -16,7 +16,6 @@ from sft.engines.fsdp_settings import check_fsdp
 METHODS = {
     "compact_after": SoRAConfig(r=4, compact_after=2, task_type="CAUSAL_LM"),
     "layout": S2FTConfig(density=0.5, layout="permuted", task_type="CAUSAL_LM"),
-    "trainable_scale": SLTrainConfig(density=0.05, trainable_scale=True, task_type="CAUSAL_LM"),
     "per_layer_updates": SLTrainConfig(density=0.05, per_layer_updates=True, task_type="CAUSAL_LM"),
     "allocation": S2FTConfig(
         density=0.1, allocation="pooled", selection="activation", task_type="CAUSAL_LM"

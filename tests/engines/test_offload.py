@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from sft import OffloadConfig, S2FTConfig, SoRAConfig, SparseTrainer, SpielConfig
+from sft import OffloadConfig, S2FTConfig, SLTrainConfig, SoRAConfig, SparseTrainer, SpielConfig
 from sft.engines.optimizer_state import named, names_of
 from sft.offload.store import DiskStore
 from sft.optim.offloaded import OffloadedOptimizer
@@ -23,12 +24,26 @@ from sft.optim.offloaded import OffloadedOptimizer
 LAYERS, WIDTH, INNER = 4, 64, 96
 DISK, MEMORY = OffloadConfig(base="disk"), OffloadConfig(base="cpu")
 STATE = OffloadConfig(optimizer="cpu")
-CASES = {
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "spiel": (SpielConfig, {"density": 0.05, "reselect_every": 2, "window": 1}),
     "calibrated": (SpielConfig, {"density": 0.05, "selection": "gradient", "growth": "none"}),
     "s2ft": (S2FTConfig, {"ratio": 0.2, "selection": "weight"}),
+    "s2ft-permuted": (S2FTConfig, {"ratio": 0.2, "layout": "permuted"}),
     "sora": (SoRAConfig, {"r": 4, "num_stages": 2, "strength": 0.5, "last_strength": 5.0}),
+    "sltrain": (SLTrainConfig, {"density": 0.05, "r": 4}),
 }
+# whose optimizer's state stays
+CASES_OF_BASES = CASES | {
+    "momentum": (SpielConfig, {"density": 0.05, "reselect_every": 2, "window": 1,
+                               "growth": "momentum"}),
+}  # fmt: skip
+
+
+FURTHER = ("momentum", "s2ft-permuted", "sltrain")  # which take longer than they tell
+
+
+def marked(case, *values):
+    return pytest.param(case, *values, marks=[pytest.mark.engines] if case in FURTHER else [])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +70,7 @@ def base(dtype=torch.float32):
 
 
 def model(case="spiel", dtype=torch.float32):
-    owner, settings = CASES[case]
+    owner, settings = CASES_OF_BASES[case]
     return get_peft_model(base(dtype), owner(task_type="CAUSAL_LM", **settings))
 
 
@@ -118,7 +133,7 @@ class Alive:
 # -- the base ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*map(marked, CASES), marked("momentum")])
 def test_a_base_on_disk_trains_to_the_same_bits(case, tmp_path) -> None:
     found = {}
     for name, offload in {"memory": MEMORY, "disk": DISK, "whole": None}.items():
@@ -231,7 +246,8 @@ def test_a_forward_that_raises_leaves_nothing_behind(tmp_path) -> None:
 
 # the default leaves the choice to the method: SpIEL steps by our own AdamW
 @pytest.mark.parametrize(
-    ("case", "optim"), [*((case, "adamw_torch_fused") for case in CASES), ("spiel", "adamw_torch")]
+    ("case", "optim"),
+    [*(marked(case, "adamw_torch_fused") for case in CASES), ("spiel", "adamw_torch")],
 )
 def test_state_on_the_cpu_is_the_same_state(case, optim, tmp_path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": optim}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sft import S2FTConfig, SLTrainConfig, SoRAConfig, SpielConfig
+from sft.adapters.layer import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -47,7 +48,11 @@ def assert_trained_alike(packed, dense):
 
 FORMS = {"nf4": NF4, "fp4-double": NESTED, "int8": INT8}
 EVERYWHERE = ("spiel-gradient", "s2ft", "sora", "sltrain")
-CASES = [(form, name) for form in FORMS for name in METHODS if form == "nf4" or name in EVERYWHERE]
+CASES = [
+    *((form, name) for form in FORMS for name in METHODS if form == "nf4" or name in EVERYWHERE),
+    pytest.param("int8", "spiel-momentum", marks=pytest.mark.engines),
+    pytest.param("int8", "spiel-embedding", marks=pytest.mark.engines),
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -74,6 +79,25 @@ def test_batches_choose_as_over_the_dense_twin(lab, name):
     assert_trained_alike(lab.state(packed), lab.state(dense))
 
 
+def chosen(adapted):
+    layers = sparse_layers(adapted).items()
+    return {(name, i) for name, layer in layers for i in layer.support("default").tolist()}
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_batches_choose_over_8_bits_up_to_near_ties(lab, name):
+    runs = [lab.adapt(base, CALIBRATED[name]) for base in (lab.packed(INT8), lab.packed(INT8))]
+    runs.append(lab.adapt(lab.twin(INT8), CALIBRATED[name]))
+    start = chosen(runs[0])
+    for adapted in runs:
+        lab.train(adapted, max_steps=3)
+    packed, again, dense = map(chosen, runs)
+    assert again == packed
+    assert len(start & dense) < 0.5 * len(dense)
+    assert len(packed & dense) >= 0.9 * len(dense)
+
+
 @pytest.mark.parametrize("name", ["spiel-gradient", "s2ft", "sora", "sltrain"])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(lab, name):
     nf4 = {"bits": "nf4", "double_quant": True}
@@ -92,13 +116,14 @@ def test_the_permuted_layout_is_refused_with_the_layout_that_works(lab):
         lab.adapt(lab.packed({"bits": "nf4"}), config)
 
 
-def test_forward_passes_alone_train_an_adapter_over_a_packed_base(lab):
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.engines)])
+def test_forward_passes_alone_train_an_adapter_over_a_packed_base(lab, kind):
     from functools import partial
 
     from sft import SparseTrainer, ZerothOrderConfig
 
     config = SpielConfig(**STAYS)
-    model = lab.adapt(lab.packed({"bits": "nf4"}), config)
+    model = lab.adapt(lab.packed({"bits": kind}), config)
     before = lab.base_bytes(model.get_base_model())
     zeroth = ZerothOrderConfig(eps=5e-2, queries=2)
     trainer = lab.train(
