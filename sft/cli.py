@@ -19,6 +19,7 @@ from sft.commands import (
     plot,
     recipes,
     replay,
+    report,
     schema,
     train,
     validate,
@@ -60,6 +61,7 @@ app.command()(inspect.inspect)
 app.command()(diff.diff)
 app.command()(compose.compose)
 app.command()(verify.verify)
+app.command()(report.report)
 app.command()(schema.schema)
 app.command()(plot.plot)
 app.command()(env.env)

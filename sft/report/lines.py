@@ -8,8 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-LOG = "log.jsonl"
-
 Line = dict[str, Any]
 
 

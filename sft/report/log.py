@@ -8,9 +8,10 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
-from sft.report.lines import LOG, keep_until, to_line
+from sft.report.lines import keep_until, to_line
 from sft.report.memory import peak_memory
 from sft.report.observe import Observer
+from sft.run.folder import LOG
 
 
 class RunLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

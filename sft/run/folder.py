@@ -11,8 +11,10 @@ from typing import Any
 from sft.errors import UserError
 
 ADAPTER, MERGED, RECORD, RECIPE = "adapter", "merged", "run.json", "recipe.yaml"
+FORMS = ("lora", "shira", "patch", "gguf")  # what export.also names
 ZEROTH_ORDER = "zeroth_order"  # log and start of a run by forward passes
 STEPS = ("checkpoint-", "stage-")  # what a run leaves on its way
+LOG, REPORT, PLOTS = "log.jsonl", "report.html", "plots"
 
 
 def check(folder: Path, *, resume: str | None, overwrite: bool) -> str | None:
@@ -52,8 +54,9 @@ def clear(folder: Path, *, keep_checkpoints: bool) -> None:
         keep_checkpoints: A former run goes on: its checkpoints, stages and log stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _run_files(folder):
-        if not (keep_checkpoints and path.name.startswith((*STEPS, ZEROTH_ORDER))):
+    told = [path for name in (LOG, REPORT, PLOTS) if (path := folder / name).exists()]
+    for path in (*_run_files(folder), *told):
+        if not (keep_checkpoints and path.name.startswith((*STEPS, ZEROTH_ORDER, LOG))):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -66,7 +69,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _run_files(folder: Path) -> list[Path]:
     """List what an earlier run left in the folder; a recipe alone is no loss."""
-    names = [folder / name for name in (RECORD, ADAPTER, MERGED, ZEROTH_ORDER)]
+    names = [folder / name for name in (RECORD, ADAPTER, MERGED, *FORMS, ZEROTH_ORDER)]
     steps = (path for start in STEPS for path in sorted(folder.glob(f"{start}*")))
     return [*(path for path in names if path.exists()), *steps]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,27 @@ def trainer(llama, tmp_path):
 @pytest.fixture
 def log(tmp_path) -> Path:
     return tmp_path / "run" / "log.jsonl"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Write the folder of a run that has every section, or all but those that are None."""
+
+    def build(name: str = "run", **changes: Any) -> Path:
+        return made().write(tmp_path / name, **changes)
+
+    return build
+
+
+@pytest.fixture
+def made_lines() -> list[dict[str, Any]]:
+    return made().lines()
+
+
+def made() -> Any:
+    spec = importlib.util.spec_from_file_location("made", Path(__file__).with_name("made.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
