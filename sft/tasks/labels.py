@@ -20,8 +20,11 @@ def label_names(rows: Any, column: str, given: Sequence[str] | None) -> list[str
             labels as they are, sorted.
 
     Raises:
-        UserError: a label is none of the given names, nor the number of one.
+        UserError: a label is none of the given names, nor the number of one; or rows are streamed,
+            and nobody names the classes.
     """
+    if not hasattr(rows, "__len__"):
+        return _streamed(given)
     if given is None and (own := _feature_names(rows.features[column])) is not None:
         return own
     found = set(_flat(rows[column]))
@@ -67,6 +70,15 @@ def with_labels(spec: ModelSpec, names: Sequence[str] | None, kind: str | None =
     config.label2id = {name: number for number, name in enumerate(chosen)}
     config.problem_type = kind or ("regression" if names is None else "single_label_classification")
     return config
+
+
+def _streamed(given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        raise UserError(
+            "task.labels: is missing, and a streamed data set is not read through to find the "
+            "classes; name them"
+        )
+    return list(given)
 
 
 def _feature_names(feature: Any) -> list[str] | None:

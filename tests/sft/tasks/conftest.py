@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def rows_of(task: str) -> dict[str, list[Any]]:
     if task in ("masked-lm", "pretrain"):
         return {"text": [f"{t}{a}" for t, a in zip(TEXTS, ANSWERS, strict=True)] * 4}
     if task == "classification":
-        return {"text": TEXTS, "label": ["low", "mid", "high", "mid"] * 4}
+        labels = ["low", "mid", "high", "mid"] * 4
+        return {"text": TEXTS, "label": labels}
     if task == "token-classification":
         tags = [["O", "B-N", "I-N"]] * len(TEXTS)
         return {"tokens": [text.split() for text in TEXTS], "tags": tags}
@@ -105,26 +107,21 @@ def rows_of(task: str) -> dict[str, list[Any]]:
     return {"prompt": TEXTS, "answer": ANSWERS} if task == "grpo" else prompts
 
 
-FORMATS = {
-    "dpo": "preference", "reward": "preference", "grpo": "prompt", "masked-lm": "text",
-    "pretrain": "text", "classification": "classification",
-    "token-classification": "token_classification",
-    "image-classification": "image_classification",
-}  # fmt: skip
-
-
 @pytest.fixture
-def examples(monkeypatch):
-    """Let a run find the rows of a task, whatever its recipe says."""
-    from datasets import Dataset
+def rows_file(tmp_path):
+    """Write the rows of a task, or others, as a user would; return the path."""
 
-    from sft.data.load import Examples
+    def write(task: str, columns: dict[str, list[Any]] | None = None) -> Path:
+        columns = columns or rows_of(task)
+        if "image" in columns:
+            folder = tmp_path / "images"
+            for i, (image, label) in enumerate(zip(*columns.values(), strict=True)):
+                (folder / label).mkdir(parents=True, exist_ok=True)
+                image.save(folder / label / f"{i}.png")
+            return folder
+        path = tmp_path / "rows.jsonl"
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
 
-    def build(task: str, columns: dict[str, list[Any]] | None = None) -> Any:
-        rows = Dataset.from_dict(columns or rows_of(task))
-        held_out = rows.select(range(4))
-        found = Examples(rows, held_out, FORMATS.get(task, "prompt_completion"))
-        monkeypatch.setattr("sft.run.job.load_data", lambda *_: found)
-        return found
-
-    return build
+    return write

@@ -29,11 +29,10 @@ METHODS = {
 
 
 @pytest.fixture
-def recipe(tmp_path, models, examples):
-    def build(task, method, **sections):
+def recipe(tmp_path, models, rows_file):
+    def build(task, of, **sections):
         from sft.recipe.load import load_recipe
 
-        examples(task)
         training = {
             "output_dir": str(tmp_path / "run"), "max_steps": 2, "logging_steps": 1,
             "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_strategy": "no",
@@ -42,14 +41,14 @@ def recipe(tmp_path, models, examples):
         content = {
             "model": {"name": str(models(KINDS.get(task, "llama")))},
             "task": {"name": task} | OPTIONS.get(task, {}),
-            "method": {"name": method} | METHODS.get(method, {}),
-            "data": {"train": "rows.jsonl"},
+            "method": {"name": of} | METHODS.get(of, {}),
+            "data": {"train": str(rows_file(task)), "eval_examples": 4},
             "evaluation": {"samples": 0, "max_new_tokens": 4},
             "forgetting": False,
             "training": training | TRAINING.get(task, {}),
         }
         for name, values in sections.items():
-            content[name] = values if name == "zeroth_order" else content[name] | values
+            content[name] = content.get(name, {}) | values
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(content))
         return load_recipe(path)
@@ -59,58 +58,90 @@ def recipe(tmp_path, models, examples):
 
 @pytest.fixture
 def run(recipe):
-    def train(task, method, **sections):
+    """Train by a recipe; return the result, the job, and its base weights as they ended up."""
+
+    def train(task, of, **sections):
         from rich.console import Console
 
         from sft.run.job import Job, train_from_recipe
 
-        resolved = recipe(task, method, **sections)
+        resolved = recipe(task, of, **sections)
         kept = {}
-        save = Job.conclude
+        whole = Job.conclude
 
         def conclude(job, result):
-            kept["model"], kept["job"] = job.model, job
-            return save(job, result)
+            inner = getattr(job.model, "base_model", job.model)
+            inner = getattr(inner, "model", inner) if job.method.saved else inner
+            kept["job"] = job
+            kept["base"] = {n: p.detach().clone() for n, p in inner.named_parameters()}
+            return whole(job, result)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Job, "conclude", conclude)
             result = train_from_recipe(resolved, Console(quiet=True))
-        return result, kept["job"], resolved
+        return result, kept["job"], kept["base"]
 
     return train
 
 
 def every() -> list[tuple[str, str]]:
-    dense = ["full", "lora"]
-    pairs = [(task, method) for task in task_classes() for method in [*method_names(), *dense]]
-    return [pair for pair in pairs if pair[0] != "pretrain"]
+    """Return all pairs but those that have no meaning: adapters over random frozen weights."""
+    methods = [*method_names(), "full", "lora"]
+    tasks = [name for name, task in task_classes().items() if not task.from_random]
+    return [(task, method) for task in tasks for method in methods]
 
 
 @pytest.mark.parametrize(("task", "method"), every(), ids=lambda value: value)
 def test_a_run_ends_in_an_adapter_and_a_model_that_load(run, task, method):
-    result, job, recipe = run(task, method)
-    assert math.isfinite(result.train_loss)
-    assert result.max_logit_difference is not None  # reloaded, and within its bound
-    assert set(result.after) <= set(job.task.metrics) and result.after
-    assert all(math.isfinite(value) for value in result.after.values())
-    merged = result.output_dir / "merged"
-    assert (merged / "config.json").is_file()
+    result, job, base = run(task, method)
+    check_ended(result, job)
     if not job.method.saved:
         return
-    # a fresh base with the same head, and the adapter
+    fresh = job.task.load_model(job.recipe.model, job.data, None)
+    heads = tuple(f"{head}." for head in job.task.heads(fresh))
+    for name, parameter in fresh.named_parameters():
+        if not name.startswith(heads):
+            place = next(n for n in base if n.replace(".base_layer", "") == name)
+            assert torch.equal(base[place], parameter), name
+    assert_reloads(result, job, fresh)
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [(task, "full") for task in task_classes() if task != "pretrain"]
+    + [("dpo", "s2ft"), ("classification", "lora"), ("seq2seq", "s2ft")], ids=lambda value: value,
+)  # fmt: skip
+def test_every_task_trains_by_forward_passes(run, task, method):
+    more = {"num_iterations": 2} if task == "grpo" else {}
+    result, job, _ = run(task, method, zeroth_order={}, training={"learning_rate": 1e-3} | more)
+    check_ended(result, job)
+
+
+@pytest.mark.parametrize("method", ["full", "sltrain"])
+def test_random_weights_train_on_packed_text(run, method):
+    form = {"form": "pretrain"} if method == "sltrain" else {}
+    result, job, _ = run("pretrain", method, model={"config": {}}, method=form)
+    check_ended(result, job)
+    assert result.before["nll"] == pytest.approx(math.log(13), abs=0.5)  # it knows nothing yet
+    assert job.probes.forgetting is None
+
+
+def check_ended(result, job):
+    """Assert that a run trained, measured, and exported what it trained."""
+    assert math.isfinite(result.train_loss)
+    assert result.max_logit_difference is not None  # reloaded, and within its bound
+    assert result.after and set(result.after) <= set(job.task.metrics)
+    assert all(math.isfinite(value) for value in result.after.values())
+
+
+def assert_reloads(result, job, fresh):
+    """Assert that the adapter on a fresh base is the merged model, both read from disk."""
     from peft import PeftModel
 
-    base = job.task.load_model(recipe.model, job.data, None)
-    adapter = PeftModel.from_pretrained(base, result.output_dir / "adapter").eval()
-    reloaded = _merged(merged)
-    rows = job.held_out
-    for batch in job.task.probe(adapter, job.processor, rows, job.data.format, 4, 32):
-        with torch.no_grad():
-            found, expected = adapter(**batch).logits, reloaded(**batch).logits
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def _merged(folder):
     from sft.export.reloaded import reload
 
-    return reload(folder).eval()
+    adapter = PeftModel.from_pretrained(fresh, result.output_dir / "adapter").eval()
+    merged = reload(result.output_dir / "merged").eval()
+    for batch in job.task.probe(adapter, job.processor, job.held_out, job.data.format, 4, 32):
+        with torch.no_grad():
+            found, expected = adapter(**batch).logits, merged(**batch).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
