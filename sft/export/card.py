@@ -56,11 +56,18 @@ def read_run(run: Path | None) -> dict[str, Any]:
     return found
 
 
-def write_card(folder: Path, facts: Facts) -> None:
-    """Write README.md into an exported folder."""
+def write_card(folder: Path, facts: Facts, title: str | None = None) -> None:
+    """Write README.md into an exported folder.
+
+    Args:
+        folder: of the export.
+        facts: what it tells.
+        title: of the card, default: the folder's name.
+    """
     from huggingface_hub import ModelCard
 
-    text = f"---\n{_metadata(facts)}\n---\n\n" + "\n".join(_body(folder.name, facts))
+    body = _body(title or folder.name, facts)
+    text = f"---\n{_metadata(facts)}\n---\n\n" + "\n".join(body)
     ModelCard(text, ignore_metadata_errors=True).save(folder / CARD)
 
 

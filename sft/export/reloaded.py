@@ -37,7 +37,8 @@ def probe_for(model: Any, processor: Any = None) -> dict[str, Tensor]:
         shape = (1, getattr(config, "num_channels", 3), *sides)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     ids = _ids(processor) if hasattr(processor, "convert_tokens_to_ids") else torch.empty(1, 0)
-    vocabulary = config.get_text_config().vocab_size
+    text = config.get_text_config()
+    ids, vocabulary = ids[:, : getattr(text, "max_position_embeddings", None)], text.vocab_size
     if not ids.numel() or int(ids.max()) >= vocabulary:  # the tokenizer of another model
         ids = torch.randint(vocabulary, (1, _IDS), generator=generator)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

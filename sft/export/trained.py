@@ -105,6 +105,8 @@ class AdapterWeights:
         return self._merged(owner, name)
 
     def _merged(self, owner: str, name: str) -> Tensor:
+        from sft.adapters.layer import SparseLayer
+
         layer, part = self._layers[owner], name.rpartition(".")[2]
         base, adapter = layer.get_base_layer(), self._opened.adapter
         own = {key: f"{owner}.{key}" for key, _ in base.named_parameters(recurse=False)}
@@ -112,7 +114,10 @@ class AdapterWeights:
             self._check_base(owner, layer)
             layer.merge(adapter_names=[adapter])
             found: Tensor = getattr(base, part).detach().clone()
-            layer.unmerge()
+            if isinstance(layer, SparseLayer):
+                layer.unmerge()
+            else:  # what stock methods subtract again is thrown away here
+                layer.merged_adapters.clear()
         return found
 
     def _check_base(self, owner: str, layer: Any) -> None:

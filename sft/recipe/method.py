@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from sft.errors import unknown_name
+from sft.recipe.export import check_export
 from sft.recipe.fields import check_fields, key_error
 from sft.recipe.schema import Recipe
 from sft.recipe.source import Source
@@ -37,7 +38,7 @@ def resolve_method(recipe: Recipe, source: Source) -> dict[str, Any]:
     except (ValueError, TypeError, ImportError) as error:
         raise key_error(source, "method", known | {"name"}, error) from error
     _check_start(recipe, method, source)
-    _check_export(recipe, method, source)
+    check_export(recipe, method, source)
     shown = (field.name for field in dataclasses.fields(owner) if field.init)
     return {"name": name} | {
         key: _plain(getattr(method.config, key)) for key in shown if key not in hidden
@@ -71,13 +72,6 @@ def _check_dense_start(method: Trainable, task: type[Task], source: Source) -> N
         )
     if not task.from_random:
         raise source.error("model.config", f"{text} with task {task.name}; set task: pretrain")
-
-
-def _check_export(recipe: Recipe, method: Trainable, source: Source) -> None:
-    """Refuse to merge what has no merged form, before anything is trained."""
-    reason = method.unmerged()
-    if recipe.export.merged and reason is not None:
-        raise source.error("export.merged", f"got true, but {reason}; set it to false")
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sft.data.spec import DataSpec
 from sft.evaluation.spec import EvaluationSpec, ForgettingSpec
+from sft.export.spec import ExportSpec
 from sft.recipe.expected import ExpectedSpec
 from sft.recipe.section import Section
 
@@ -67,17 +68,6 @@ class ModelSpec(Section):
         if self.config is not None and self.quantization is not None:
             raise ValueError("quantization: got random weights as well; leave one of both out")
         return self
-
-
-class ExportSpec(Section):
-    """What is written after training, besides the adapter."""
-
-    merged: bool = True
-    verify: bool = Field(default=True, description="reload the merged folder and compare logits")
-    quantized: Literal["dequantize", "requantize", "reference"] = Field(
-        default="dequantize",
-        description="merge into: the dequantised base; the base, packed anew; the base as it was",
-    )
 
 
 class OffloadSpec(Section):

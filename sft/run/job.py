@@ -19,7 +19,7 @@ from sft.recipe.load import to_yaml
 from sft.recipe.schema import Recipe
 from sft.run import folder as run_folder
 from sft.run.build import attached, build_trainer, train
-from sft.run.finish import export, save_adapter
+from sft.run.finish import export, export_also, publish, save_adapter
 from sft.run.phases import Phases
 from sft.run.probes import Probes
 from sft.run.progress import ProgressReport
@@ -231,6 +231,8 @@ class Job:
                 "recipe": self.recipe.model_dump(),
             }
             run_folder.write_record(self.output, dataclasses.asdict(result) | notes)
+            export_also(self)
+            publish(self)  # tells what the record holds
         return result
 
     def _compare(self, after: dict[str, float]) -> None:
