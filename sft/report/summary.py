@@ -35,7 +35,9 @@ def title(run: RunFolder) -> str:
 
 def metrics(run: RunFolder) -> list[Fact]:
     """Return the metrics after training, with those of before."""
-    before, after = run.section("before"), run.section("after")
+    before, after = dict(run.section("before")), dict(run.section("after"))
+    for name, values in run.section("also").items():  # other data, judged as well
+        before[name], after[name] = values
     return [
         Fact(
             name.replace("_", " "),

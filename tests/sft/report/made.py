@@ -47,9 +47,10 @@ def record() -> dict[str, Any]:
     data = {
         "format": "prompt_completion", "train": 3600, "held_out": 400,
         "sources": [{"path": "rows.jsonl", "rows": 3600, "weight": 1.0}],
+        "dropped": 2, "skipped_rows": 61,
         "skipped": [{"file": "rows.jsonl", "line": 7, "reason": "completion: got null"}],
         "tokens": {"mean": 17.4, "p50": 17, "p95": 24, "max": 38},
-        "preview": {"text": "", "segments": [["a <b> ->", False], [" A B", True]]},
+        "preview": {"text": "", "segments": [["a <b> ->", False], [" A B", True]], "label": "noun"},
     }  # fmt: skip
     forgetting = {
         "text": "general", "tokens": 1022, "loss_before": 2.5, "loss_after": 2.7,
@@ -59,6 +60,7 @@ def record() -> dict[str, Any]:
     sample = {"prompt": "m o ->", "reference": "M OW", "before": "<script>x", "after": "M AO"}
     return {
         "before": {"exact_match": 0.05, "loss": 9.0}, "after": {"exact_match": 0.8125},
+        "also": {"choices_accuracy": [0.25, 0.375]},
         "trained_weights": 1_061_683, "all_weights": 134_515_008, "steps": 9, "train_loss": 1.0,
         "max_logit_difference": 0.0, "seconds": {"model": 1.5, "train": 59.0, "export": 4.7},
         "data": data, "forgetting": forgetting, "samples": [sample], "support": support(),

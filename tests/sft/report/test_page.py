@@ -61,6 +61,8 @@ def test_a_whole_run_has_every_section(run_folder):
         "spiel of tiny", "0.8125 was 0.05", "0.789 % of 135 M", "1.06 M", "1 min 5 s",
         "the loss rose by 0.2 nats", "12.2", "M AO", "rows.jsonl", "completion: got null",
         "# <base>", "Open ranks of a module", "Support churn", "Size of the change", "abababab",
+        "choices accuracy 0.375 was 0.25", "61 the first ones are listed", "Label: noun",
+        "2 equal ones dropped",
     ):  # fmt: skip
         assert words in reader.all, words
 
