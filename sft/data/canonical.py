@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,6 @@ from sft.data.bad_rows import BadRows
 from sft.data.by_hand import LINES, row_lines
 from sft.data.files import quiet
 from sft.data.formats import KNOWN, Format
-from sft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,40 +19,19 @@ class Piece:
 
     Args:
         name: of the file or source, for messages.
-        rows: a datasets.Dataset.
+        rows: a datasets.Dataset, or None where a file has to be read line by line.
         path: of the file, if it is one.
-        lines: that the rows begin on, where some were left out.
     """
 
     name: str
     rows: Any
     path: Path | None = None
-    lines: list[int] | None = None
 
     def line(self, index: int) -> tuple[int, str]:
         """Return the line of a row, and what is counted if it is not lines."""
-        if self.lines is not None:
-            return self.lines[index], ""
         if self.path is None or self.path.suffix not in LINES:
             return index + 1, "example "
         return next(islice(row_lines(self.path), index, None)), ""
-
-
-def renamed(rows: Any, columns: Mapping[str, str], name: str) -> Any:
-    """Give columns the names that the recipe says; `columns` has ours first.
-
-    Raises:
-        UserError: there is no such column.
-    """
-    for ours, theirs in columns.items():
-        if theirs not in rows.column_names:
-            there = ", ".join(rows.column_names)
-            raise UserError(
-                f"data.columns.{ours}: {name}: got {theirs!r}, allowed is {there}; change it"
-            )
-    replaced = {ours for ours, theirs in columns.items() if ours != theirs} & set(rows.column_names)
-    rows = rows.remove_columns(sorted(replaced - set(columns.values())))
-    return rows.rename_columns({theirs: ours for ours, theirs in columns.items() if ours != theirs})
 
 
 def canonicalise(piece: Piece, format: str, bad: BadRows, *, chat: bool) -> Any:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.data.bad_rows import BadRows
-from sft.data.by_hand import LINES, delimiter, header, read_lines
+from sft.data.by_hand import LINES, delimiter, header
 from sft.errors import UserError, one_line
 
 BUILDERS = {
@@ -21,34 +20,33 @@ BUILDERS = {
 }
 
 
-def read_file(name: str, bad: BadRows) -> tuple[Any, list[int] | None]:
+def read_file(name: str, key: str) -> Any | None:
     """Read a file into a datasets.Dataset.
 
     Args:
         name: Path of the file; its ending names the format.
-        bad: told of lines that cannot be read.
+        key: The recipe key that names the file; messages start with it.
 
     Returns:
-        the rows, and the line that each begins on where lines were left out; None: all are there.
+        the rows, or None where they have to be read line by line: one of them is malformed.
 
     Raises:
         UserError: the file is missing or empty, or nothing can be read from it.
     """
-    key, path = bad.key, Path(name).expanduser()
+    path = Path(name).expanduser()
     check_file(key, path, name)
-    lines = None
     try:
         with quiet():
             found = _read(path)
     except Exception as error:
-        if path.suffix not in LINES:
-            raise UserError(f"{key}: {name}: cannot be read ({cause(error)})") from error
-        found, lines = _whole_lines(path, bad, error)
+        if path.suffix in LINES:
+            return None
+        raise UserError(f"{key}: {name}: cannot be read ({cause(error)})") from error
     if path.suffix == ".txt":
         found = found.filter(lambda row: bool(row["text"].strip()))
     if len(found) == 0:
         raise UserError(f"{key}: {name}: the file holds no examples")
-    return found, lines
+    return found
 
 
 def check_file(key: str, path: Path, name: str) -> None:
@@ -117,26 +115,3 @@ def _numbered(found: Any, name: str) -> Any:
         with quiet():
             return found.cast_column(name, Value(type_))
     return found
-
-
-def _whole_lines(path: Path, bad: BadRows, error: Exception) -> tuple[Any, list[int]]:
-    """Read what lines can be read by themselves.
-
-    Raises:
-        UserError: one cannot, unless such are left out; or all can, and yet the file cannot.
-    """
-    from datasets import Dataset
-
-    rows, lines = list[dict[str, Any]](), list[int]()
-    for line, row in read_lines(path):
-        if isinstance(row, str):
-            bad.found(str(path), line, row)
-            continue
-        rows.append(row)
-        lines.append(line)
-    if bad.rule == "error" or not rows:
-        raise UserError(f"{bad.key}: {path}: cannot be read ({cause(error)})") from error
-    try:
-        return Dataset.from_list(rows), lines
-    except Exception as mixed:
-        raise UserError(f"{bad.key}: {path}: cannot be read ({cause(mixed)})") from mixed

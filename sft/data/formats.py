@@ -39,6 +39,13 @@ class Format:
         found = [next((name for name in group if name in there), None) for group in self.needed]
         return None if None in found else [name for name in found if name is not None]
 
+    def reads(self, columns: Sequence[str]) -> set[str]:
+        """Return the columns that tell the format, with the optional ones; nothing if one lacks."""
+        chosen = self.chosen(columns)
+        if chosen is None:
+            return set()
+        return {*chosen, *(() if self.optional is None else self.kept(columns))}
+
     def kept(self, columns: Iterable[str]) -> list[str]:
         """Return the optional columns that are there."""
         needed = {group[0] for group in self.needed}
@@ -86,7 +93,11 @@ def canonical(name: str) -> str:
 
 
 def detect_format(
-    columns: Sequence[str], name: str, wanted: str = "auto", formats: Sequence[str] | None = None
+    columns: Sequence[str],
+    name: str,
+    wanted: str = "auto",
+    formats: Sequence[str] | None = None,
+    named: Iterable[str] = (),
 ) -> str:
     """Return the format that columns spell.
 
@@ -97,6 +108,7 @@ def detect_format(
         name: of the source, for messages.
         wanted: what the recipe says, or "auto".
         formats: those that the task takes; default: any.
+        named: columns that the recipe speaks of, which are meant to be read.
 
     Raises:
         UserError: none fits, or several do.
@@ -111,8 +123,9 @@ def detect_format(
         if KNOWN[wanted].chosen(columns) is None:
             raise UserError(f"data.format: {found}; {wanted} needs {_spelt(wanted)}")
         return wanted
-    fits = {f: set(KNOWN[f].chosen(columns) or ()) for f in allowed}
-    fits = {f: read for f, read in fits.items() if read}
+    fits = {f: read for f in allowed if (read := KNOWN[f].reads(columns))}
+    meant = {f: read for f, read in fits.items() if set(named) <= read}
+    fits = meant or fits
     best = [f for f, read in fits.items() if not any(read < other for other in fits.values())]
     if not best:
         spelt = "; ".join(f"{f}: {_spelt(f)}" for f in allowed)

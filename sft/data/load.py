@@ -9,8 +9,9 @@ from typing import Any
 
 from sft.data import rows as row_rules
 from sft.data.bad_rows import BadRows
-from sft.data.canonical import canonicalise, renamed
+from sft.data.canonical import canonicalise
 from sft.data.cmudict import EMBEDDED, load_embedded
+from sft.data.columns import renamed
 from sft.data.equal import keys, without
 from sft.data.files import quiet
 from sft.data.formats import canonical, detect_format
@@ -91,12 +92,16 @@ def load_data(spec: DataSpec, seed: int, formats: Sequence[str] | None = None) -
 def _read(source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -> Part:
     """Read a source file by file; all of its files have the same format."""
     chat, found, names = formats is None or "messages" in formats, [], []
-    for piece in open_source(source, bad):
-        piece = replace(piece, rows=renamed(piece.rows, source.columns, piece.name))
-        columns = list(piece.rows.column_names)
-        written = detect_format(columns, piece.name, source.format, formats)
-        found.append(canonicalise(piece, written, bad, chat=chat))
-        names.append(canonical(written))
+    for piece in open_source(source, bad.key):
+        if piece.rows is None:
+            rows, name = _by_lines(source.model_copy(update={"path": piece.name}), bad, formats)
+        else:
+            piece = replace(piece, rows=renamed(piece.rows, source.columns, piece.name))
+            given = (list(piece.rows.column_names), piece.name, source.format)
+            written = detect_format(*given, formats, source.columns)
+            rows, name = canonicalise(piece, written, bad, chat=chat), canonical(written)
+        found.append(rows)
+        names.append(name)
     if len(set(names)) > 1:
         raise UserError(
             f"{bad.key}: {source.path}: files of {' and '.join(sorted(set(names)))}; give each a "
@@ -106,6 +111,14 @@ def _read(source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -> Pa
     if len(rows) == 0:
         raise UserError(f"{bad.key}: {source.path}: no example is left: all rows are malformed")
     return Part(source, rows, names[0])
+
+
+def _by_lines(source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -> tuple[Any, str]:
+    """Read a file in which something is malformed; return its other rows, and their format."""
+    from datasets import Dataset
+
+    stream = Stream(source, bad, formats, at_once=True)
+    return Dataset.from_list(list(stream)), stream.format
 
 
 def _alike(parts: list[Part]) -> list[Part]:

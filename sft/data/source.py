@@ -7,37 +7,33 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sft.data.bad_rows import BadRows
 from sft.data.canonical import Piece
 from sft.data.cmudict import EMBEDDED, load_embedded
 from sft.data.files import BUILDERS, cause, check_file, quiet, read_file
 from sft.data.spec import SourceSpec
 from sft.errors import UserError, unknown_name
 
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+|[\w.-]+)(?::([\w.\[\]%:+-]+))?")
+# org/name, org/name:split, org/name:config/split
+HUB_ID = re.compile(r"((?:[\w.-]+/)?[\w.-]+)(?::(?:([\w.-]+)/)?([\w\[\]%:+-]+))?")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 
 
-def open_source(source: SourceSpec, bad: BadRows) -> list[Piece]:
+def open_source(source: SourceSpec, key: str) -> list[Piece]:
     """Return the rows of a source, file by file where it has files.
 
     Args:
         source: where to look.
-        bad: told of lines that cannot be read.
+        key: of the recipe that names it.
 
     Raises:
         UserError: there is nothing, or it cannot be read.
     """
     if source.path in EMBEDDED:
         return [Piece(source.path, load_embedded(source.path)[0])]
-    files = local_files(source, bad.key)
+    files = local_files(source, key)
     if files is None:
-        return [_loaded(source, bad.key, locate(source))]
-    pieces = []
-    for path in files:
-        rows, lines = read_file(str(path), bad)
-        pieces.append(Piece(str(path), rows, path, lines))
-    return pieces
+        return [_loaded(source, key, locate(source))]
+    return [Piece(str(path), read_file(str(path), key), path) for path in files]
 
 
 def local_files(source: SourceSpec, key: str) -> list[Path] | None:
@@ -73,14 +69,14 @@ def looks_local(name: str) -> bool:
     )
 
 
-def locate(source: SourceSpec) -> tuple[str, str]:
-    """Return the path or hub id of a source, and its split."""
+def locate(source: SourceSpec) -> tuple[str, str | None, str]:
+    """Return the path or hub id of a source, its configuration, and its split."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return str(path), source.split or "train"
+        return str(path), source.config, source.split or "train"
     found = HUB_ID.fullmatch(source.path)
     assert found is not None
-    return found[1], source.split or found[2] or "train"
+    return found[1], source.config or found[2], source.split or found[3] or "train"
 
 
 def cannot(key: str, name: str, error: Exception) -> UserError:
@@ -88,20 +84,18 @@ def cannot(key: str, name: str, error: Exception) -> UserError:
     return UserError(f"{key}: {name}: cannot be loaded ({cause(error)}){_near(name)}")
 
 
-def _loaded(source: SourceSpec, key: str, where: tuple[str, str]) -> Piece:
+def _loaded(source: SourceSpec, key: str, where: tuple[str, str | None, str]) -> Piece:
     """Load a split of a saved data set, of a folder of images, or of a data set of the hub."""
     import datasets
 
-    name, split = where
+    name, config, split = where
     try:
         with quiet():
             if is_saved(Path(name)):
                 rows: Any = datasets.load_from_disk(name)
                 rows = _split(rows, split, key, name)
             else:
-                rows = datasets.load_dataset(
-                    name, source.config, split=split, revision=source.revision
-                )
+                rows = datasets.load_dataset(name, config, split=split, revision=source.revision)
     except UserError:
         raise
     except Exception as error:

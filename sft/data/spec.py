@@ -33,11 +33,11 @@ class SourceSpec(Section):
 
     path: str = Field(
         min_length=1,
-        description="file, glob, folder, hub id (org/name or org/name:split), or embedded name",
+        description="file, glob, folder, org/name[:[config/]split] of the hub, or embedded name",
     )
     format: Format = "auto"
     columns: dict[str, str] = Field(
-        default_factory=dict, description="our column: theirs, such as prompt: question"
+        default_factory=dict, description="our column: theirs, or a template such as '{question}?'"
     )
     config: str | None = Field(default=None, description="of a hub id with several")
     split: str | None = Field(default=None, description="of a hub id or folder; default: train")
@@ -68,7 +68,7 @@ class DataSpec(Section):
     train_examples: int | None = Field(default=None, gt=0, description="use only the first N")
     format: Format = "auto"
     columns: dict[str, str] = Field(
-        default_factory=dict, description="our column: theirs, such as prompt: question"
+        default_factory=dict, description="our column: theirs, or a template such as '{question}?'"
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="skip: leave malformed rows out, and list them"

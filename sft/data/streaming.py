@@ -9,6 +9,7 @@ from typing import Any
 from sft.data.bad_rows import BadRows
 from sft.data.by_hand import LINES, read_lines
 from sft.data.cmudict import EMBEDDED, load_embedded
+from sft.data.columns import check_columns, renamed_row
 from sft.data.equal import key_of
 from sft.data.files import BUILDERS, quiet
 from sft.data.formats import KNOWN, detect_format
@@ -26,9 +27,17 @@ class Stream:
         source: where to read.
         bad: told of malformed rows, once each time they are read.
         formats: those that the task takes, or None.
+        at_once: all rows are read before training.
     """
 
-    def __init__(self, source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        source: SourceSpec,
+        bad: BadRows,
+        formats: Sequence[str] | None,
+        *,
+        at_once: bool = False,
+    ) -> None:
         self.source, self.bad = source, bad
         self.files = None if source.path in EMBEDDED else local_files(source, bad.key)
         self.held_out: set[bytes] = set()
@@ -36,9 +45,10 @@ class Stream:
         first = next((row for _, _, row in self._raw() if isinstance(row, dict)), None)
         if first is None:
             raise UserError(f"{bad.key}: {source.path}: holds no examples")
-        columns = list(self._renamed(first))
-        self.written = detect_format(columns, source.path, source.format, formats)
-        if self.written in COUNTED:
+        check_columns(source.columns, list(first), source.path)
+        columns = list(renamed_row(first, source.columns))
+        self.written = detect_format(columns, source.path, source.format, formats, source.columns)
+        if self.written in COUNTED and not at_once:
             raise UserError(
                 f"data.streaming: got true with {self.written} examples, whose labels must be "
                 "known at once; set it to false"
@@ -46,12 +56,12 @@ class Stream:
         self.format = KNOWN[self.written].becomes or self.written
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        kind = KNOWN[self.written]
+        kind, source_columns = KNOWN[self.written], self.source.columns
         for name, line, row in self._raw():
             try:
                 if isinstance(row, str):
                     raise ValueError(row)
-                row = self._renamed(row)
+                row = renamed_row(row, source_columns)
                 chosen = kind.chosen(row)
                 if chosen is None:
                     chosen = [group[0] for group in kind.needed]  # whose check says what lacks
@@ -81,11 +91,6 @@ class Stream:
         if self.source.examples is not None:
             rows = rows.take(self.source.examples)
         return rows.shuffle(seed=seed, buffer_size=buffer)
-
-    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        columns = self.source.columns
-        rest = {k: v for k, v in row.items() if k not in columns.values() and k not in columns}
-        return rest | {ours: row.get(theirs) for ours, theirs in columns.items()}
 
     def _raw(self) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
         """Yield the name of a file, a line of it, and its row, or what is wrong there."""
@@ -124,7 +129,7 @@ def _of_no_file(source: SourceSpec, key: str) -> Iterator[dict[str, Any]]:
     if source.path in EMBEDDED:
         yield from load_embedded(source.path)[0]
         return
-    name, split = locate(source)
+    name, config, split = locate(source)
     if is_saved(Path(name)):
         raise UserError(
             f"data.streaming: {source.path}: a saved data set lies on disk as it is; set it to "
@@ -133,7 +138,7 @@ def _of_no_file(source: SourceSpec, key: str) -> Iterator[dict[str, Any]]:
     try:
         with quiet():
             yield from datasets.load_dataset(
-                name, source.config, split=split, revision=source.revision, streaming=True
+                name, config, split=split, revision=source.revision, streaming=True
             )
     except Exception as error:
         raise cannot(key, source.path, error) from error
