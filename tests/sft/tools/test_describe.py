@@ -107,3 +107,11 @@ def test_weights_of_two_shapes_are_not_compared() -> None:
     other = Change((4, 2), torch.ones(1), torch.tensor([0]), 1)
     with pytest.raises(UserError, match=r"m is \(2, 4\) in one and \(4, 2\) in the other"):
         compare_change("m", sparse([0], [1.0]), other)
+
+
+def test_the_same_positions_of_another_module_are_another_support(saved) -> None:
+    found = []
+    for name in ("q_proj", "k_proj"):
+        folder = saved(name, target_modules=[f"layers.0.self_attn.{name}"], density=1.0)
+        found.append(describe(folder)["support_hash"])
+    assert found[0] != found[1]
