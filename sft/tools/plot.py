@@ -19,7 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 Series = dict[str, list[tuple[float, float]]]
 
 # Measured at every log line, and no curve of learning.
-_NOT_CURVES = ("step", "epoch", "time", "total_flos")
+_NOT_CURVES = ("step", "epoch", "time", "seconds", "total_flos", "num_input_tokens_seen")
 _WIDTH, _PANEL = 9.0, 2.6  # inches
 _INKS = ("#3b6fb6", "#c8553d", "#4f8a4a", "#8a5a9e", "#b8862b", "#3a8f93")
 
