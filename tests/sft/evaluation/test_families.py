@@ -199,14 +199,13 @@ def test_choices_are_scored_by_the_sum_of_their_tokens(tiny_model, tokenizer, qu
 
 def test_the_likeliest_choice_is_the_answer(tiny_model, tokenizer, questions, monkeypatch):
     model = built("LlamaForCausalLM", tiny_model)
-    scores = [[-9.0, -10.0], [-1.0, -3.0, -2.0], [-4.0, -5.0]]
+    scores = [[-9.0, -10.0], [-3.0, -9.0, -2.0], [-4.0, -2.9]]
     monkeypatch.setattr(multiple_choice, "scores", lambda *_: scores)
     both = spec("choice_accuracy", "choice_accuracy_norm")
     found = multiple_choice.measure(model, tokenizer, questions, "multiple_choice", both, 99)
-    # by bytes: -9/5 < -10/13; -1/3, -3/3, -2/8 is the largest; -4/4 < -5/3 is not
-    assert found == {
-        "choice_accuracy": pytest.approx(1 / 3), "choice_accuracy_norm": pytest.approx(1 / 3)
-    }  # fmt: skip
+    # by bytes: -9/5 < -10/13; -3/3 < -2/8; -4/4 < -2.9/3
+    expected = {"choice_accuracy": 1 / 3, "choice_accuracy_norm": 2 / 3}
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("answer", [3, -1, "D", "seven"], ids=str)

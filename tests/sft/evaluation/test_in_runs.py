@@ -39,14 +39,17 @@ def test_a_run_notes_forgetting_and_samples(recipe_file, method):
     assert record["samples"][0]["after"] is not None
 
 
-def test_the_base_is_read_with_the_method_off_and_the_rest_with_it_on(recipe_file):
+@pytest.mark.parametrize(
+    "method", [(), ("method={name: lora, init_lora_weights: false}",)], ids=["zero", "random"]
+)
+def test_the_base_is_read_with_the_method_off_and_the_rest_with_it_on(recipe_file, method):
     from sft.evaluation.forgetting import judge
     from sft.evaluation.general_text import windows
     from sft.evaluation.spec import ForgettingSpec
     from sft.models import load_model, load_tokenizer
     from sft.recipe.schema import ModelSpec
 
-    record, _, _ = run(recipe_file, "forgetting.max_tokens=100")
+    record, _, _ = run(recipe_file, "forgetting.max_tokens=100", *method)
     base = str(load_recipe(recipe_file).model.name)
     spec = ForgettingSpec(max_tokens=100)
     for folder, key in ((base, "before"), (f"{record['output_dir']}/merged", "after")):
@@ -55,7 +58,8 @@ def test_the_base_is_read_with_the_method_off_and_the_rest_with_it_on(recipe_fil
             load_tokenizer(ModelSpec(name=folder)),
         )
         loss = judge(model, windows(spec, tokenizer, model)).loss
-        assert record["forgetting"][f"loss_{key}"] == pytest.approx(loss, rel=1e-6)
+        assert record["forgetting"][f"loss_{key}"] == pytest.approx(loss, rel=1e-5)
+    assert record["forgetting"]["loss_before"] != record["forgetting"]["loss_after"]
 
 
 def test_it_can_be_left_out(recipe_file):
