@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,9 @@ class OffloadedBase:
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
         ]
+        for table in _adapted_tables(model):
+            if id(table.weight) in self._weights:
+                self._hooks += _around_files(table, self._show)
 
     @property
     def numel(self) -> int:
@@ -131,6 +135,12 @@ class OffloadedBase:
                     self._store.put(self._weights[id(parameter)].key, parameter)
             self.release(mine)
 
+    def _show(self, table: nn.Embedding, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """Put a table into a state dict: PEFT saves that of an adapted embedding."""
+        weight = self._weights.get(id(table.weight))
+        if weight is not None:
+            state[prefix + "weight"] = self._store.read(weight.key).to(weight.home)
+
     # -- backward ------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -195,6 +205,25 @@ class _Fetch(ModelHook):  # type: ignore[misc]
         """Release."""
         self._base.release(self._parameters)
         return output
+
+
+def _around_files(table: Any, show: Callable[..., None]) -> list[Any]:
+    # torch marks a hook that it is given, which takes no bound method
+    return [
+        table.register_state_dict_post_hook(partial(show)),
+        table.register_load_state_dict_pre_hook(_leave_out),
+    ]
+
+
+def _leave_out(table: nn.Embedding, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a file's table, the frozen one that is in the store, be what the parameter holds."""
+    if prefix + "weight" in state:
+        state[prefix + "weight"] = table.weight.detach()
+
+
+def _adapted_tables(model: nn.Module) -> list[nn.Embedding]:
+    found = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return [table for table in found if isinstance(table, nn.Embedding)]
 
 
 _Owners = dict[int, tuple[nn.Module, list[nn.Parameter]]]

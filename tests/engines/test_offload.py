@@ -100,6 +100,10 @@ def own(adapted):
     return {n: p.detach().clone() for n, p in adapted.named_parameters() if p.requires_grad}
 
 
+def own_of_file(loaded):
+    return {n: p.detach() for n, p in loaded.named_parameters() if "delta_values" in n}
+
+
 def frozen(adapted):
     return {n: p.detach().clone() for n, p in adapted.named_parameters() if not p.requires_grad}
 
@@ -227,6 +231,25 @@ def test_a_base_on_disk_resumes_exactly_and_its_adapter_loads(tmp_path) -> None:
         assert torch.equal(loaded.eval()(**inputs).logits, whole.eval()(**inputs).logits)
         merged = whole.merge_and_unload()(**inputs).logits
         torch.testing.assert_close(merged, loaded(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.engines
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
+def test_an_adapted_embedding_is_saved_with_its_table(tmp_path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    config = SpielConfig(density=0.05, target_modules=["embed_tokens", "q_proj"], growth="none")
+    whole, again = (get_peft_model(base(), config) for _ in range(2))
+    table = base().get_input_embeddings().weight
+    run = trainer(tmp_path / "whole", whole, DISK, **settings)
+    run.train()
+    assert run.offloaded_base.numel > table.numel()
+    assert whole.get_input_embeddings().base_layer.weight.numel() == 0
+    resumed = trainer(tmp_path / "again", again, DISK, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_equal(own(again), own(whole))
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "whole" / "checkpoint-4")
+    assert_equal(own_of_file(loaded), own(whole))
+    assert torch.equal(loaded.get_input_embeddings().base_layer.weight, table)
 
 
 def test_a_forward_that_raises_leaves_nothing_behind(tmp_path) -> None:
