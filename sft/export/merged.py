@@ -147,7 +147,8 @@ def merging_bound(model: Any, logits: Sequence[torch.Tensor]) -> float:
 
     Nothing, for a plain model and a method that trains with the very weights it merges. One that
     trains beside W rounds its delta into W once: half the digits of the weights' type are allowed
-    to differ.
+    to differ. A head of a single output is a scalar product, which is summed up in an order that
+    depends on where its tensors lie in memory: a few units of the last digit.
 
     Args:
         model: As it was trained, before merging.
@@ -158,9 +159,13 @@ def merging_bound(model: Any, logits: Sequence[torch.Tensor]) -> float:
     layers = sparse_layers(model).values()
     stock = hasattr(model, "peft_config") and not layers
     if not stock and all(layer.merges_exactly(n) for layer in layers for n in layer.trained_values):
-        return 0.0
-    largest = max(float(batch.abs().max()) for batch in logits)
-    return float(torch.finfo(model.dtype).eps ** 0.5 * largest)
+        scalar = logits[0].shape[-1] == 1
+        return float(8 * torch.finfo(model.dtype).eps * _largest(logits)) if scalar else 0.0
+    return float(torch.finfo(model.dtype).eps ** 0.5 * _largest(logits))
+
+
+def _largest(logits: Sequence[torch.Tensor]) -> float:
+    return max(float(batch.abs().max()) for batch in logits)
 
 
 def verify_merged(

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError
+from sft.recipe.arguments import build_arguments
 from sft.recipe.schema import Recipe
+from sft.tasks.find import build_task
+from sft.tasks.task import Task
 
 if TYPE_CHECKING:
     from sft.data.encode import Encoded
@@ -26,17 +29,19 @@ class Batch:
         length: tokens of each row, padding included.
         labels: how many there are in all.
         source: where these numbers are from, in words.
+        sequences: of each row: of a preference there are two.
     """
 
     rows: int
     length: int
     labels: int
     source: str
+    sequences: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens that the model computes."""
-        return self.rows * self.length
+        return self.rows * self.sequences * self.length
 
     def wide(self, rows: int) -> Batch:
         """Return a batch of as long rows, but so many of them."""
@@ -50,9 +55,22 @@ def batch_of(recipe: Recipe, length: int | None = None) -> Batch:
         recipe: resolved.
         length: tokens of each row, over what the recipe and its data say.
     """
+    task = build_task(recipe.task)
+    found = _of_rows(recipe, task, length)
+    written = int(getattr(build_arguments(recipe), "max_completion_length", None) or 0)
+    if written:  # what the model writes to a prompt
+        labels = found.rows * written
+        found = replace(found, length=found.length + written, labels=labels)
+    return replace(found, sequences=task.sequences, labels=found.labels * task.sequences)
+
+
+def _of_rows(recipe: Recipe, task: Task, length: int | None) -> Batch:
     training = recipe.training
     rows = int(training.get("per_device_train_batch_size", 8))
-    longest = training.get("max_length", DEFAULT_LENGTH)
+    own = getattr(task, "options", None)
+    longest = training.get("max_length", getattr(own, "max_length", DEFAULT_LENGTH))
+    if "image_classification" in task.formats:
+        return Batch(rows, 1, rows, "images as large as the model takes them")
     if length is not None:
         return _filled(rows, length, "--length")
     if training.get("packing"):
@@ -72,7 +90,6 @@ def _from_data(recipe: Recipe, rows: int, longest: int | None) -> Batch:
     """Return the batch of the longest examples."""
     from sft.data.load import load_data
     from sft.models import load_tokenizer
-    from sft.tasks.find import build_task
 
     if recipe.data.streaming:
         raise UserError("data.streaming: got true, whose rows are not counted; set --length")

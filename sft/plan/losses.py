@@ -9,13 +9,46 @@ import torch
 from torch import Tensor
 
 from sft.chunked_loss import causal_model, head_input, head_nll, tail_of
+from sft.evaluation.log_probs import predicts_tokens
 from sft.kernels.linear_cross_entropy import chunk_rows
 from sft.plan.batch import Batch
 
 
-def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """Return what a collator gives: ids, and a mask, which counts as one of padded rows."""
-    shape = (batch.rows, batch.length)
+def planned_loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> Tensor:
+    """Do what training does with a batch.
+
+    Args:
+        model: of fake tensors.
+        batch: its shape.
+        half: what autocast computes in, None without.
+    """
+    if predicts_tokens(model):
+        return planned_nll(model, batch, half)
+    with _autocast(half):
+        logits = model(**inputs_of(model, batch)).logits
+    rows = logits.float().flatten(0, -2)
+    return torch.nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.int64))
+
+
+def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Return what a collator gives: ids, and a mask, which counts as one of padded rows; or pixels.
+
+    A decoder is given as many ids as there are labels.
+    """
+    base = causal_model(model)
+    config, shape = base.config, (batch.rows * batch.sequences, batch.length)
+    if base.main_input_name == "pixel_values":
+        size = config.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.zeros((batch.rows, config.num_channels, *sides))}
+    found = _text(shape)
+    if config.is_encoder_decoder:
+        target = (batch.rows, max(1, batch.labels // batch.rows))
+        found["decoder_input_ids"] = torch.zeros(target, dtype=torch.int64)
+    return found
+
+
+def _text(shape: tuple[int, int]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.zeros(shape, dtype=torch.int64),
         "attention_mask": torch.ones(shape, dtype=torch.int64),
@@ -35,7 +68,7 @@ def planned_nll(model: Any, batch: Batch, half: torch.dtype | None = None) -> Te
     base = causal_model(model)
     head = base.get_output_embeddings()
     with _autocast(half), head_input(head, positions=0) as read:
-        model(**inputs_of(batch), use_cache=False)
+        model(**inputs_of(model, batch), use_cache=False)
     places = torch.zeros(batch.labels, dtype=torch.int64)
     vocabulary = base.config.get_text_config().vocab_size
     kept = read[0][:, :-1][places, places]

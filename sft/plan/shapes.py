@@ -8,15 +8,17 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
 from sft.adapters.layer import sparse_layers
 from sft.adapters.shapes import shapes_alone
 from sft.models import load_config
 from sft.recipe.schema import Recipe
+from sft.run.build import keep_heads
 from sft.run.trainable import Trainable
+from sft.tasks.find import build_task
 
 
 def build(recipe: Recipe, method: Trainable, config: Any) -> Any:
@@ -38,10 +40,16 @@ def build(recipe: Recipe, method: Trainable, config: Any) -> Any:
         model.get_base_model().tie_weights()
         train_dense(model)
         return model
+    task = build_task(recipe.task)
+    if recipe.task["name"] == "reward":
+        config.num_labels = 1
+    if config.get_text_config().pad_token_id is None:  # the tokenizer's, in a run
+        config.get_text_config().pad_token_id = 0
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = getattr(transformers, task.auto).from_config(
             config, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
         )
+    keep_heads(method.config, task.heads(model))
     if not method.saved:
         return method.attach(model, recipe.model)
     with shapes_alone():

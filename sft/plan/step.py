@@ -15,7 +15,7 @@ from sft.adapters.resident import enter_resident, leave_resident, sync_resident
 from sft.plan.batch import Batch
 from sft.plan.flops import flops
 from sft.plan.ledger import Ledger
-from sft.plan.losses import planned_nll
+from sft.plan.losses import planned_loss
 from sft.plan.scratch import scratch
 from sft.plan.shapes import faking, place
 from sft.plan.timeline import (
@@ -141,7 +141,7 @@ def _step(ledger: Ledger, model: nn.Module, optimizer: Any, run: Run) -> None:
     for number in range(min(2, run.micro_batches)):
         start, suffix = ledger.clock, f" {number + 1}" if run.micro_batches > 1 else ""
         timeline.phases.append((f"forward{suffix}", start))
-        loss = planned_nll(model, run.batch, run.half)
+        loss = planned_loss(model, run.batch, run.half)
         for piece in ledger.alive():
             if piece.born > start and piece.kind == TRANSIENTS:
                 piece.kind = ACTIVATIONS

@@ -9,7 +9,7 @@ from sft.optim.zeroth_order.ahead import BYTES
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.rules import STATEFUL
 from sft.optim.zeroth_order.scratch import size_of
-from sft.plan.losses import planned_nll
+from sft.plan.losses import planned_loss
 from sft.plan.step import Run, apart, name_held, noting
 from sft.plan.timeline import TRANSIENTS, Timeline
 
@@ -37,7 +37,7 @@ def run_zeroth_order(model: nn.Module, config: ZerothOrderConfig, run: Run) -> T
             timeline, begin = ledger.timeline, ledger.clock
             timeline.phases.append(("forward", begin))
             with torch.no_grad():
-                planned_nll(model, run.batch, run.half)
+                planned_loss(model, run.batch, run.half)
             timeline.phases.append(("", ledger.clock + 1))
             timeline.keep_from(begin)
         # of each query both sides are evaluated, and weights are written in between

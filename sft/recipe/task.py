@@ -32,7 +32,8 @@ def resolve_task(recipe: Recipe, source: Source) -> dict[str, Any]:
             raise source.error(f"task.{key}", unknown_name(key, owner.model_fields)) from None
         if found["type"] == "missing":
             raise source.error(f"task.{key}", "is missing") from None
-        raise source.error(f"task.{key}", f"got {value!r}; {found['msg']}") from None
+        text = found["msg"].removeprefix("Value error, ")
+        raise source.error(f"task.{key}", f"got {value!r}; {text}") from None
     return {"name": name} | resolved.model_dump()
 
 

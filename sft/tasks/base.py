@@ -17,11 +17,19 @@ class TaskBase:
 
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    sequences: ClassVar[int] = 1
     from_random: ClassVar[bool] = False
 
     def __init__(self, options: TaskOptions) -> None:
         self.options: Any = options
         self.missing: list[str] = []  # parameters of the model that no file had
+
+    def kind(self) -> Any:
+        """Return the class that loads the model."""
+        import transformers
+
+        return getattr(transformers, self.auto)
 
     def load_processor(self, spec: ModelSpec) -> Any:
         """Load the tokenizer."""

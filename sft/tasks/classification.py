@@ -32,6 +32,7 @@ class Classification(HeadTask):
 
     name: ClassVar[str] = "classification"
     summary: ClassVar[str] = "a model learns the class, or the value, of a text or a pair of texts"
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     formats: ClassVar[tuple[str, ...]] = ("classification",)
     metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, *values.NAMES)
@@ -40,13 +41,11 @@ class Classification(HeadTask):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with an output for each class of the data."""
-        from transformers import AutoModelForSequenceClassification as Kind
-
         names = label_names(examples.train, "label", self.options.labels)
         model = load_model(
             spec,
             device=device,
-            kind=Kind,
+            kind=self.kind(),
             config=with_labels(spec, names),
             missing=self.missing,
         )

@@ -17,6 +17,7 @@ class Preference(TaskBase):
 
     name: ClassVar[str] = "dpo"
     summary: ClassVar[str] = "a language model learns to prefer one reply to another"
+    sequences: ClassVar[int] = 2  # the chosen reply and the rejected one
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     metrics: ClassVar[tuple[str, ...]] = NAMES
     measured: ClassVar[tuple[str, ...]] = NAMES

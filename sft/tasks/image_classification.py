@@ -31,6 +31,7 @@ class ImageClassification(HeadTask):
 
     name: ClassVar[str] = "image-classification"
     summary: ClassVar[str] = "a model learns what an image shows"
+    auto: ClassVar[str] = "AutoModelForImageClassification"
     peft_type: ClassVar[str | None] = None  # which PEFT has no name for
     formats: ClassVar[tuple[str, ...]] = ("image_classification",)
     metrics: ClassVar[tuple[str, ...]] = labels.NAMES
@@ -43,13 +44,11 @@ class ImageClassification(HeadTask):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load an image classifier with an output for each class of the data."""
-        from transformers import AutoModelForImageClassification as Kind
-
         names = label_names(examples.train, "label", self.options.labels)
         return load_model(
             spec,
             device=device,
-            kind=Kind,
+            kind=self.kind(),
             config=with_labels(spec, names),
             missing=self.missing,
         )

@@ -32,6 +32,7 @@ class MaskedLanguage(TrainerTask):
 
     name: ClassVar[str] = "masked-lm"
     summary: ClassVar[str] = "a model learns to fill in words that were taken out of a text"
+    auto: ClassVar[str] = "AutoModelForMaskedLM"
     peft_type: ClassVar[str | None] = None  # which PEFT has no name for, nor needs one
     formats: ClassVar[tuple[str, ...]] = ("text",)
     metrics: ClassVar[tuple[str, ...]] = ("masked_nll", "masked_perplexity", "masked_accuracy")
@@ -40,9 +41,7 @@ class MaskedLanguage(TrainerTask):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load the masked language model."""
-        from transformers import AutoModelForMaskedLM
-
-        return load_model(spec, device=device, kind=AutoModelForMaskedLM, missing=self.missing)
+        return load_model(spec, device=device, kind=self.kind(), missing=self.missing)
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise the texts; each time one is read, other tokens are taken out."""

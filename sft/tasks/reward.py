@@ -20,6 +20,8 @@ class Reward(TaskBase):
 
     name: ClassVar[str] = "reward"
     summary: ClassVar[str] = "a model learns to score replies as people compared them"
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    sequences: ClassVar[int] = 2  # the chosen reply and the rejected one
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     metrics: ClassVar[tuple[str, ...]] = NAMES
@@ -39,10 +41,10 @@ class Reward(TaskBase):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with one output."""
-        from transformers import AutoModelForSequenceClassification as Kind
-
         config = with_labels(spec, ["reward"], kind="regression")
-        return load_model(spec, device=device, kind=Kind, config=config, missing=self.missing)
+        return load_model(
+            spec, device=device, kind=self.kind(), config=config, missing=self.missing
+        )
 
     def heads(self, model: Any) -> list[str]:
         """Return the layer that makes the score, and what else starts at random."""

@@ -28,6 +28,7 @@ class SequenceToSequence(TaskBase):
 
     name: ClassVar[str] = "seq2seq"
     summary: ClassVar[str] = "an encoder reads a prompt, a decoder learns to write its completion"
+    auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion",)
     metrics: ClassVar[tuple[str, ...]] = seq2seq.NAMES
@@ -48,9 +49,7 @@ class SequenceToSequence(TaskBase):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load the model of encoder and decoder."""
-        from transformers import AutoModelForSeq2SeqLM
-
-        return load_model(spec, device=device, kind=AutoModelForSeq2SeqLM, missing=self.missing)
+        return load_model(spec, device=device, kind=self.kind(), missing=self.missing)
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise both texts; a batch pads them apart."""

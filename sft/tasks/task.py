@@ -31,6 +31,8 @@ class Task(Protocol):
     metrics: ClassVar[tuple[str, ...]]  # that evaluation.metrics may hold
     measured: ClassVar[tuple[str, ...]]  # those that are measured unless a recipe says which
     options_class: ClassVar[type[TaskOptions]]
+    auto: ClassVar[str]  # transformers' class that loads the model
+    sequences: ClassVar[int]  # that a row of the data makes
     from_random: ClassVar[bool]  # whether the model's own weights start at random
 
     def __init__(self, options: TaskOptions) -> None: ...

@@ -22,6 +22,7 @@ class TokenClassification(HeadTask):
 
     name: ClassVar[str] = "token-classification"
     summary: ClassVar[str] = "a model learns the tag of each word"
+    auto: ClassVar[str] = "AutoModelForTokenClassification"
     peft_type: ClassVar[str | None] = "TOKEN_CLS"
     formats: ClassVar[tuple[str, ...]] = ("token_classification",)
     metrics: ClassVar[tuple[str, ...]] = tagging.NAMES
@@ -30,13 +31,11 @@ class TokenClassification(HeadTask):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a token classifier with an output for each tag of the data."""
-        from transformers import AutoModelForTokenClassification as Kind
-
         names = label_names(examples.train, "tags", self.options.labels)
         return load_model(
             spec,
             device=device,
-            kind=Kind,
+            kind=self.kind(),
             config=with_labels(spec, names),
             missing=self.missing,
         )
