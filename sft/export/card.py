@@ -149,26 +149,27 @@ def _shown(name: str) -> str:
 
 
 def _snippet(title: str, base: str, facts: Facts) -> str:
+    """Return Python that loads what was exported."""
     kind = facts.architecture or "AutoModelForCausalLM"
-    load = f'{kind}.from_pretrained("{base}")'
+    stock = [f"from transformers import {kind}"]
     if facts.form == "merged":
-        return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{title}")'
+        return "\n".join([*stock, "", f'model = {kind}.from_pretrained("{title}")'])
     if facts.form == "gguf":
-        return (
-            f"from transformers import {kind}\n\n"
-            f'model = {kind}.from_pretrained("{title}", gguf_file="model.gguf")'
-        )
+        call = f'{kind}.from_pretrained("{title}", gguf_file="model.gguf")'
+        return "\n".join([*stock, "", f"model = {call}"])
+    embedded = facts.base in _PUBLISHED  # not the published weights: rounded to 4 bits
+    where = f'folder_of("{base}")' if embedded else f'"{base}"'
+    ours = ["from sft.embedded import folder_of"] if embedded else []
+    load = f"{kind}.from_pretrained({where})"
     if facts.form == "patch":
-        return (
-            f"from transformers import {kind}\nfrom sft.export.patch import apply_patches\n\n"
-            f"model = {load}\n"
-            f'apply_patches(dict(model.named_parameters()), Path("{title}"))'
-        ).replace("from transformers", "from pathlib import Path\n\nfrom transformers", 1)
-    ours = "import sft  # teaches PEFT the method\n" if facts.form == "adapter" else ""
-    return (
-        f"{ours}from peft import PeftModel\nfrom transformers import {kind}\n\n"
-        f'model = PeftModel.from_pretrained({load}, "{title}")'
-    )
+        lines = ["from pathlib import Path", "", *stock, "", *ours]
+        call = f'apply_patches(dict(model.named_parameters()), Path("{title}"))'
+        tail = ["from sft.export.patch import apply_patches", "", f"model = {load}", call]
+        return "\n".join([*lines, *tail])
+    head = ["import sft  # teaches PEFT the method"] if facts.form == "adapter" else []
+    call = f'model = PeftModel.from_pretrained(base, "{title}")'
+    lines = [*head, "from peft import PeftModel", *ours, *stock, "", f"base = {load}", call]
+    return "\n".join(lines)
 
 
 def _training(facts: Facts, method: dict[str, Any]) -> Iterator[str]:

@@ -163,10 +163,9 @@ def _gguf(source: Source, request: Request, say: Say) -> str:
         overwrite=request.overwrite, verify=request.verify, say=say,
     )  # fmt: skip
     shown = f"a GGUF file of {done.bytes:,} bytes{_proof('read by transformers', done.difference)}"
-    rounding = (
-        "" if done.rounding is None else f"; {request.gguf_type} moves them {done.rounding:g}"
-    )
-    return shown + rounding
+    if done.rounding is None:
+        return shown
+    return f"{shown} (rounding to {request.gguf_type} moves them by up to {done.rounding:.3g})"
 
 
 FORMS: dict[str, Callable[[Source, Request, Say], str]] = {

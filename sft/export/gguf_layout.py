@@ -18,6 +18,7 @@ _ARCHITECTURES = {
     "qwen2": ("qwen2", False),
     "qwen3": ("qwen3", False),
 }
+_BIASES = ("attention_bias", "mlp_bias")  # transformers reads these architectures without
 _ELSEWHERE = "export --to merged, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -105,6 +106,7 @@ def _check(config: Any) -> None:
         ("rope_type", rope, "default"),
         ("sliding_window", window, None),
         ("use_sliding_window", bool(sliding), False),
+        *((key, getattr(config, key, False), False) for key in _BIASES),
     ):
         if value != plain:
             raise UserError(f"--to gguf: {key}={value!r} is not written here; {_ELSEWHERE}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from sft.errors import UserError
+from sft.errors import UserError, one_line
 from sft.export.adapter import Say
 from sft.export.gguf_file import FILE, rounded, write_gguf
 from sft.export.merged import check_equal, logits_of
@@ -82,7 +84,14 @@ def _compared(folder: Path, model: Any, tokenizer: Any, kind: str) -> tuple[floa
     expected = logits_of(model, batches)
     del model
     how = {"gguf_file": FILE, "quantization_config": GgufConfig(gguf_file=FILE, dequantize=True)}
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+            reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"export: transformers does not read the GGUF file back ({one_line(error)[:200]}); "
+            "pass --no-verify to keep it all the same"
+        ) from error
     ids = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)(SENTENCE)["input_ids"]
     if ids != tokenizer(SENTENCE)["input_ids"]:
         raise UserError("export: the tokenizer of the GGUF file cuts text otherwise; report this")
