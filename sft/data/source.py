@@ -133,7 +133,7 @@ def _files_of(folder: Path, source: SourceSpec, key: str) -> list[Path] | None:
             builder = datasets.load_dataset_builder(str(folder), source.config)
     except Exception as error:
         raise cannot(key, str(folder), error) from error
-    files = builder.config.data_files or {}
+    files = {str(name): found for name, found in (builder.config.data_files or {}).items()}
     wanted = source.split or "train"
     if wanted not in files:
         raise UserError(
