@@ -12,6 +12,7 @@ import pytest
 COMMAND_LINE = {
     "typer", "click", "shellingham", "annotated_doc", "annotated_types", "typing_extensions",
     "pydantic", "pydantic_core", "typing_inspection", "rich", "pygments", "markdown_it", "mdurl",
+    "attr",  # rich draws its classes, where jsonschema brought it along
 }  # fmt: skip
 
 
