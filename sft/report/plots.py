@@ -75,7 +75,7 @@ def _map(one: Map) -> Any:
     figure = Figure(figsize=(max(5.0, 0.22 * len(one.columns) + 2), 0.32 * len(one.rows) + 1.4))
     axes = figure.subplots()
     values = [[float("nan") if v is None else v for v in row] for row in one.values]
-    image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=min(0.0, *one.known()))
+    image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=one.low, vmax=one.high)
     axes.set_yticks(range(len(one.rows)), one.rows)
     every = max(1, len(one.columns) // 10)
     axes.set_xticks(range(0, len(one.columns), every), one.columns[::every])
