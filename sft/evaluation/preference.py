@@ -114,6 +114,8 @@ def reward_metrics(
 def encode_reply(row: dict[str, Any], key: str, tokenizer: Any, longest: int) -> Encoded:
     """Encode the prompt of a row and one of its replies, each a text or a list of messages."""
     prompt, reply = row.get("prompt"), row[key]
+    if isinstance(reply, str) and isinstance(prompt, list):
+        reply = [{"role": "assistant", "content": reply}]
     if isinstance(reply, str):
         pair = {"prompt": prompt or "", "completion": reply}
         return encode(pair, "prompt_completion", tokenizer, longest)

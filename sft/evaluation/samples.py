@@ -8,6 +8,7 @@ from sft.data.encode import Encoded, encode
 from sft.evaluation.completions import greedy
 from sft.evaluation.log_probs import predicts_tokens
 from sft.evaluation.metrics import evaluating
+from sft.evaluation.preference import encode_reply
 from sft.evaluation.spec import EvaluationSpec
 
 BEGUN = 24  # tokens of plain text that are given as its prompt
@@ -84,26 +85,16 @@ def lines(samples: list[dict[str, Any]], width: int = 60) -> list[str]:
 def _prompt(row: dict[str, Any], format: str, tokenizer: Any, longest: int) -> Encoded:
     """Return the prompt of a row, and what is right after it, if the row says so."""
     if format == "preference":
-        return _pair(row["prompt"], row["chosen"], tokenizer, longest)
+        return encode_reply(row, "chosen", tokenizer, longest)
     if format == "prompt":
-        answer = row.get("completion", row.get("answer", ""))
-        found = _pair(row["prompt"], "", tokenizer, longest)
+        answer = row.get("answer", "")
+        found = encode_reply({"prompt": row["prompt"], "chosen": ""}, "chosen", tokenizer, longest)
         return Encoded(found.prompt, found.completion, answer if isinstance(answer, str) else "")
     found = encode(row, format, tokenizer, longest)
     if found.prompt:
         return found
     rest = tokenizer.decode(found.completion[BEGUN:], skip_special_tokens=True)
     return Encoded(found.completion[:BEGUN], found.completion[BEGUN:], rest)
-
-
-def _pair(prompt: Any, reply: Any, tokenizer: Any, longest: int) -> Encoded:
-    """Encode a prompt and a reply, each a text or a list of messages."""
-    if isinstance(prompt, str):
-        text = reply if isinstance(reply, str) else reply[-1]["content"]
-        row = {"prompt": prompt, "completion": text}
-        return encode(row, "prompt_completion", tokenizer, longest)
-    last = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-    return encode({"messages": [*prompt, *last]}, "messages", tokenizer, longest)
 
 
 def _short(text: str | None, width: int) -> str:

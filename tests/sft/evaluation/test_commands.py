@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sft.cli import app
 from sft.errors import UserError
-from sft.evaluation.target import find_target
+from sft.evaluation.target import find_target, trained_on
 from sft.recipe.load import load_recipe
 from sft.run.job import train_from_recipe
 
@@ -128,6 +128,11 @@ def test_an_adapter_alone_names_its_base(folder, tiny_model, tmp_path):
     found = find_target(str(alone))
     assert (found.spec.name, found.adapter, found.recipe) == (str(tiny_model), alone, None)
     assert find_target(str(alone), base="other/model").spec.name == "other/model"
+
+
+def test_a_run_on_completions_is_continued_without_a_template(folder):
+    for part in ("", "adapter", "merged"):
+        assert trained_on(find_target(str(folder / part))) == "prompt_completion"
 
 
 def test_a_chat_answers_once_or_line_by_line(folder):

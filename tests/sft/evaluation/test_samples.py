@@ -65,6 +65,25 @@ def test_other_tasks_have_prompts_as_well(loaded, format, row, prompt, reference
     assert (sample["prompt"], sample["reference"]) == (prompt, reference)
 
 
+def test_conversations_are_prompts(loaded):
+    tokenizer = loaded[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    asked, told = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+    for format, row in (
+        ("prompt", {"prompt": [asked]}),
+        ("messages", {"messages": [asked, told]}),
+        ("preference", {"prompt": [asked], "chosen": [told], "rejected": [asked]}),
+        ("preference", {"chosen": [asked, told], "rejected": [asked, asked]}),
+    ):
+        rows = held_out(**{key: [value] for key, value in row.items()})
+        (example,) = Samples(rows, format, tokenizer, EvaluationSpec(), 99).encoded
+        given = tokenizer("user one assistant")["input_ids"]
+        assert example.prompt[: len(given)] == given, format
+
+
 def test_nothing_is_completed_where_nothing_can_be(loaded):
     from transformers import LlamaForSequenceClassification
 
