@@ -65,6 +65,21 @@ def best(lab: Any) -> dict[str, Any]:
     return {"best": Path(trainer.state.best_model_checkpoint).name}
 
 
+def best_table(lab: Any) -> dict[str, Any]:
+    """Load the first of two checkpoints, which hold a table that lies in parts."""
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    given = {"train_dataset": runs().cases.rows(lab), "eval_dataset": lab.dataset(8)}
+    method = {"density": 0.1, "growth": "none", "target_modules": ["embed_tokens", "q_proj"]}
+    model = runs().cases.peft("SpielConfig", **method)(lab)
+    type(lab).conf = runs().config(3)
+    settings = {**chosen, **every, "greater_is_better": True, "max_steps": 4}
+    trainer = lab.trainer("best-table", model=model, trainer=given, **settings)
+    trainer.train()
+    trainer.save_model(str(lab.folder / "best-table" / "saved"))
+    return {"best": Path(trainer.state.best_model_checkpoint).name}
+
+
 def half(lab: Any) -> dict[str, Any]:
     """Train in bfloat16, with masters in float32."""
     import torch
@@ -189,6 +204,7 @@ SPECIAL = {
     "from-plain": from_plain,
     "one-process": one_process,
     "best": best,
+    "best-table": best_table,
     "half": half,
     "offloaded": offloaded,
     "native": native,

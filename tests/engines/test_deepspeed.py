@@ -34,6 +34,7 @@ def load(name: str) -> Any:
 
 worker = load("deepspeed_run")
 TOGETHER = ["interrupted", "from-plain", "best", "half", "offloaded", "partitioned-base", "refused"]
+FURTHER = [*worker.FURTHER, "best-table"]
 
 
 def launch(folder: Path, processes: int, names: list[str]) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def further(tmp_path_factory) -> Any:
     """What two processes found in the cases that are left."""
     folder = tmp_path_factory.mktemp("further")
     worker.packed_cases.write_dense(worker.laboratory.Lab(folder))
-    return SimpleNamespace(folder=folder, found=launch(folder, 2, [*worker.FURTHER])[0])
+    return SimpleNamespace(folder=folder, found=launch(folder, 2, FURTHER)[0])
 
 
 @pytest.mark.engines
@@ -185,6 +186,14 @@ def test_the_best_checkpoint_is_loaded_with_its_support(sharded) -> None:
     found = saved(sharded.folder, "best")
     assert_same(found, checkpoints[0])
     assert any(not torch.equal(found[key], checkpoints[1][key]) for key in found)
+
+
+@pytest.mark.engines
+def test_the_best_checkpoint_of_an_adapted_embedding_is_loaded(further) -> None:
+    folder, best = further.folder / "best-table", further.found["best-table"]["best"]
+    kept = safetensors.torch.load_file(folder / best / "adapter_model.safetensors")
+    assert_same(saved(further.folder, "best-table"), kept)
+    assert kept["base_model.model.model.embed_tokens.base_layer.weight"].shape == (64, 32)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
