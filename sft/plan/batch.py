@@ -61,6 +61,10 @@ def batch_of(recipe: Recipe, length: int | None = None) -> Batch:
     if written:  # what the model writes to a prompt
         labels = found.rows * written
         found = replace(found, length=found.length + written, labels=labels)
+    copied = recipe.task["name"] == "dpo" and recipe.method["name"] == "full"
+    if copied and not recipe.training.get("precompute_ref_log_probs"):
+        text = f"{found.source}; the second model that full needs as a reference is not counted"
+        found = replace(found, source=text)
     return replace(found, sequences=task.sequences, labels=found.labels * task.sequences)
 
 

@@ -43,7 +43,7 @@ def build(recipe: Recipe, method: Trainable, config: Any) -> Any:
     task = build_task(recipe.task)
     if recipe.task["name"] == "reward":
         config.num_labels = 1
-    if config.get_text_config().pad_token_id is None:  # the tokenizer's, in a run
+    if getattr(config.get_text_config(), "pad_token_id", 0) is None:  # the tokenizer's, in a run
         config.get_text_config().pad_token_id = 0
     with torch.device("meta"):
         model = getattr(transformers, task.auto).from_config(
