@@ -45,7 +45,7 @@ def test_the_package_alone_loads_nothing_but_itself():
     assert {name for name in foreign(found) if not name.startswith("_")} == set()
 
 
-@pytest.mark.parametrize("words", ["--help", "train --help", "recipes list"])
+@pytest.mark.parametrize("words", ["--help", "train --help", "recipes show quickstart"])
 def test_help_loads_the_command_line_and_nothing_else(words):
     found = loaded(f"sys.argv = ['sft', *{words.split()}]", "import sft.cli; sft.cli.main()")
     assert {name for name in foreign(found) if not name.startswith("_")} <= COMMAND_LINE
@@ -54,6 +54,11 @@ def test_help_loads_the_command_line_and_nothing_else(words):
     assert own <= {
         "sft", "sft._peft_hook", "sft.cli", "sft.errors", "sft.recipe", "sft.recipe.shipped",
     }  # fmt: skip
+
+
+def test_recipes_are_listed_without_a_library_that_trains():
+    found = loaded("sys.argv = ['sft', 'recipes']", "import sft.cli; sft.cli.main()")
+    assert foreign(found) & {"torch", "transformers", "peft", "trl", "datasets", "numpy"} == set()
 
 
 def test_methods_and_trainer_load_only_our_modules_over_transformers_and_peft():

@@ -63,7 +63,7 @@ def compose(
     """
     check_request(request, len(folders))
     places = [find_adapter(folder) for folder in folders]
-    refuse_target(out, overwrite=overwrite, sources=places)
+    refuse_target(out, overwrite=overwrite, sources=places, option="--out")
     adapters = [AdapterChanges(open_adapter(place, base)) for place in places]
     fingerprints = _fingerprints(adapters)
     composed = _combined(adapters, request)
