@@ -88,6 +88,20 @@ def test_packed_rows_are_shown_as_they_are_fed(trainer):
     assert token_lengths(built.train_dataset)["max"] == 9
 
 
+def test_packed_examples_do_not_see_one_another_unless_they_are_cut_anywhere(trainer):
+    rows = [PAIR, {"prompt": "four ->", "completion": " five six"}]
+
+    def loss(**fields):
+        built = trainer(rows, max_length=16, **fields)
+        batch = built.data_collator(list(built.train_dataset))
+        with torch.no_grad():
+            return float(built.compute_loss(built.model, batch))
+
+    apart = loss()
+    assert loss(packing=True) == pytest.approx(apart, rel=1e-6)
+    assert loss(packing=True, packing_strategy="wrapped") != pytest.approx(apart, rel=1e-4)
+
+
 def test_ids_are_fed_as_they_are(trainer):
     built = trainer([{"input_ids": [3, 4, 5], "labels": [-100, -100, 5]}])
     assert preview(built)["segments"] == [["zero one", False], [" two", True]]
