@@ -87,12 +87,12 @@ def _compared(folder: Path, model: Any, tokenizer: Any, kind: str) -> tuple[floa
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
             reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+            ids = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)(SENTENCE)["input_ids"]
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(
             f"export: transformers does not read the GGUF file back ({one_line(error)[:200]}); "
             "pass --no-verify to keep it all the same"
         ) from error
-    ids = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)(SENTENCE)["input_ids"]
     if ids != tokenizer(SENTENCE)["input_ids"]:
         raise UserError("export: the tokenizer of the GGUF file cuts text otherwise; report this")
     # the file rounds two settings to float32: eps of the norms, base of the rotation

@@ -55,8 +55,8 @@ def byte_tokenizer():
 
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    vocab = {token: i for i, token in enumerate([*special, *letters, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("t", "h")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
