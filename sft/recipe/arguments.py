@@ -29,6 +29,12 @@ def resolve_training(recipe: Recipe, source: Source, name: str) -> dict[str, Any
     resolved = {"output_dir": f"runs/{name}"} | machine_defaults(owner) | recipe.training
     if resolved.get("deepspeed"):
         resolved["deepspeed"] = resolve_deepspeed(resolved["deepspeed"], source)
+        if recipe.method["name"] == "full":  # what is saved is the model, whole
+            zero = resolved["deepspeed"]["zero_optimization"]
+            whole = (
+                {"stage3_gather_16bit_weights_on_model_save": True} if zero["stage"] == 3 else {}
+            )
+            resolved["deepspeed"]["zero_optimization"] = whole | zero
         if not torch.accelerator.is_available():
             resolved.setdefault("use_cpu", True)
     if recipe.training.get("gradient_checkpointing") is not None:  # the old name is in use

@@ -108,3 +108,15 @@ def test_a_recipe_resolves_without_starting_deepspeed(name) -> None:
     recipe = load_recipe(f"recipes/{name}.yaml")
     assert recipe.training["deepspeed"]["zero_allow_untested_optimizer"] is True
     assert yaml.safe_dump(recipe.training["deepspeed"])
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "whole"), [("full", 3, True), ("full", 2, None), ("spiel", 3, None)]
+)
+def test_full_training_under_zero3_saves_the_model_whole(recipe_file, method, stage, whole) -> None:
+    from sft.recipe.load import load_recipe
+
+    zero = f"training.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+    found = load_recipe(recipe_file, [f"method={{name: {method}}}", zero])
+    section = found.training["deepspeed"]["zero_optimization"]
+    assert section.get("stage3_gather_16bit_weights_on_model_save") is whole
