@@ -29,7 +29,8 @@ def open_source(source: SourceSpec, key: str) -> list[Piece]:
         UserError: there is nothing, or it cannot be read.
     """
     if source.path in EMBEDDED:
-        return [Piece(source.path, load_embedded(source.path)[0])]
+        train, held_out = load_embedded(source.path)
+        return [Piece(source.path, held_out if key == "data.eval" else train)]
     files = local_files(source, key)
     if files is None:
         return [_loaded(source, key, locate(source))]

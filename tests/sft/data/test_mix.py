@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from sft.data.equal import key_of
 from sft.data.mix import apportion
 
 
@@ -86,6 +87,12 @@ def test_copies_of_held_out_rows_are_dropped_and_counted(jsonl, load):
     assert load(train, eval=str(other)).dropped == 2
 
 
+def test_what_is_missing_makes_no_difference():
+    assert key_of({"a": [{"x": 1, "y": None}], "b": None}) == key_of({"a": [{"x": 1}]})
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+    assert key_of({"a": "1"}) != key_of({"a": 1})
+
+
 def test_chats_of_other_formats_become_messages(jsonl, load):
     alpaca = jsonl("a.jsonl", {"instruction": "x", "output": "y"})
     turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "z"}]
@@ -108,3 +115,4 @@ def test_embedded_words_mix_with_files(jsonl, load):
     path = jsonl("a.jsonl", {"prompt": "x", "completion": "y"})
     found = load(["cmudict", str(path)], eval_examples=10)
     assert len(found.train) + len(found.held_out) == 4001
+    assert len(load(path, eval="cmudict").held_out) == 400  # the words that are held out
