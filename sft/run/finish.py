@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft.errors import UserError
 from sft.export.card import Facts, read_run, write_card
 from sft.export.merged import export_merged, logits_of, merge, merging_bound, verify_merged
 from sft.export.quantized import export_quantized
@@ -133,3 +134,21 @@ def _export_quantized(
     for line in error.lines():
         _printer(job)(line)
     return difference
+
+
+def trained_parts(job: Job) -> dict[str, Any] | None:
+    """Return run.json's section `support`: what was trained where, read from what was saved."""
+    from sft.tools.describe import describe
+
+    try:
+        return describe(str(job.output), job.recipe.model.name)
+    except UserError:  # nothing was saved, or what has no form of changed weights, such as a prompt
+        return None
+
+
+def report(job: Job) -> None:
+    """Write the run's page and plots, from what its folder holds."""
+    from sft.report.write import write_report
+
+    with job.phases.phase("report"):
+        job.phases.note("; ".join(write_report(job.output)))

@@ -17,9 +17,10 @@ from sft.processes import Team
 from sft.recipe.expected import broken
 from sft.recipe.load import to_yaml
 from sft.recipe.schema import Recipe
+from sft.report.log import RunLog
 from sft.run import folder as run_folder
 from sft.run.build import attached, build_trainer, train
-from sft.run.finish import export, export_also, publish, save_adapter
+from sft.run.finish import export, export_also, publish, report, save_adapter, trained_parts
 from sft.run.phases import Phases
 from sft.run.probes import Probes
 from sft.run.progress import ProgressReport
@@ -138,10 +139,15 @@ class Job:
         with self.phases.phase("method"):
             self.model = attached(recipe, self.task, self.method, self.model)
             self.counts = self.method.counts(self.model)
-            report = ProgressReport(self.console, prefix=f"{recipe.method['name']}_")
+            progress = ProgressReport(self.console, prefix=f"{recipe.method['name']}_")
             try:
                 self.trainer = build_trainer(
-                    recipe, self.task, self.model, self.processor, self.data, [report]
+                    recipe,
+                    self.task,
+                    self.model,
+                    self.processor,
+                    self.data,
+                    [progress, RunLog()],
                 )
             except ValueError as error:
                 raise UserError(f"training: {error}") from error
@@ -227,12 +233,14 @@ class Job:
             notes = {
                 "data": data,
                 **probed,
+                "support": trained_parts(self),
                 "versions": versions(),
                 "recipe": self.recipe.model_dump(),
             }
             run_folder.write_record(self.output, dataclasses.asdict(result) | notes)
             export_also(self)
             publish(self)  # tells what the record holds
+            report(self)
         return result
 
     def _compare(self, after: dict[str, float]) -> None:
