@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
 from sft.export.adapter import Say
 from sft.export.merged import check_equal, logits_of
-from sft.export.patch import PatchCounts, apply_patches, write_patch
+from sft.export.patch import PatchCounts, apply_patches, read_patches, write_patch
 from sft.export.reloaded import probe_for
+from sft.export.shards import write_shards
 from sft.export.source import Source
+from sft.export.trained import PatchedWeights
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
 from sft.whole import refuse_target, written_whole
@@ -58,9 +61,21 @@ def export_patch(
 
 def _compared(folder: Path, spec: ModelSpec, model: Any, processor: Any) -> float:
     """Compare base and patch with the trained model."""
-    batches, kind = [probe_for(model, processor)], type(model)
-    expected = logits_of(model, batches)
+    batches = [probe_for(model, processor)]
+    expected, kind, config = logits_of(model, batches), type(model), model.config
     del model
-    patched = load_model(ModelSpec(name=spec.name), "--base", kind=kind)
-    apply_patches(dict(patched.named_parameters(remove_duplicate=False)), folder)
+    patched = _patched(folder, ModelSpec(name=spec.name), kind, config)
     return check_equal(logits_of(patched, batches), expected, what="base and patch")
+
+
+def _patched(folder: Path, spec: ModelSpec, kind: Any, config: Any) -> Any:
+    """Load the base with the patch: in memory, or in files where these have names of their own."""
+    model = load_model(spec, "--base", kind=kind, config=config)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    if all(patch.name in own for patch in read_patches(folder)):
+        apply_patches(own, folder)
+        return model
+    del model, own
+    with tempfile.TemporaryDirectory() as work:
+        write_shards(PatchedWeights(folder, spec.name), Path(work))
+        return load_model(ModelSpec(name=work), "--base", kind=kind, config=config)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 import sft
 from sft.errors import UserError
 from sft.export.adapter import export_adapter
+from sft.export.forms import Request, export
 from sft.export.shards import write_shards
 from sft.export.trained import AdapterWeights, WholeModelNeededError
 
@@ -161,6 +163,50 @@ def test_heads_of_other_tasks_are_written_and_reloaded(byte_base, adapter_on, tm
     (score,) = (tensor for name, tensor in held.items() if "score" in name)
     assert torch.equal(found.score.weight, score) and score.shape == (3, 32)
     assert "lm_head.weight" not in written(tmp_path / "out")
+
+
+BERT = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+       "intermediate_size": 64, "patch_size": 8, "num_labels": 3}  # fmt: skip
+MIXTRAL = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "task", "alone"),
+    [
+        ("BertForMaskedLM", BERT, None, True),
+        ("T5ForConditionalGeneration", T5, "SEQ_2_SEQ_LM", True),
+        ("ViTForImageClassification", VIT, None, False),
+        ("MixtralForCausalLM", MIXTRAL, "CAUSAL_LM", False),
+    ],
+    ids=["masked-lm", "seq2seq", "image", "experts"],
+)
+def test_models_of_all_kinds_are_merged_patched_and_compared(
+    adapter_on, tmp_path, kind, settings, task, alone
+) -> None:
+    """Files of the last two have names of their own, so they are merged in memory."""
+    owner = getattr(transformers, kind)
+    torch.manual_seed(0)
+    owner(owner.config_class(**settings)).save_pretrained(tmp_path / "base")
+    if kind.startswith("Mixtral"):
+        config = sft.S2FTConfig(density=0.1, task_type=task)
+    else:
+        config = sft.SpielConfig(density=0.1, task_type=task)
+    adapter = adapter_on(tmp_path / "base", config, owner)
+    said: list[str] = []
+    line = export(adapter, "merged", Request(to=tmp_path / "out"), said.append)
+    assert line.endswith("max |logit difference| 0")
+    assert said[0].startswith("merged weight by weight" if alone else "merged as a whole in mem")
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [kind]
+    line = export(adapter, "patch", Request(to=tmp_path / "patch"), said.append)
+    assert line.endswith("applied to the base, max |logit difference| 0")
 
 
 def test_another_base_of_the_same_shape_is_refused(byte_base, adapter_on, tmp_path) -> None:
