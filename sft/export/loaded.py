@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sft.errors import UserError, one_line
 from sft.models import load_model, load_tokenizer, locate
 from sft.quantization import as_trained
@@ -85,27 +83,9 @@ def shapes_of(adapter: Path, base: str | None) -> Any:
     from sft.tools.opened import open_adapter
 
     try:
-        opened = open_adapter(adapter, base)
+        return open_adapter(adapter, base)
     except SafetensorError as error:
         raise UserError(f"{adapter / TENSORS}: damaged ({error})") from error
-    _take_exactly(opened)
-    return opened
-
-
-@torch.no_grad()
-def _take_exactly(opened: Any) -> None:
-    """Give stock PEFT's layers the very numbers of the file: placeholders in half round them."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    from sft.adapters.layer import sparse_layers
-
-    if sparse_layers(opened.model):
-        return
-    saved = load_file(opened.folder / TENSORS)
-    for name, tensor in get_peft_model_state_dict(opened.model).items():
-        if name in saved and saved[name].shape == tensor.shape:
-            tensor.copy_(saved[name])
 
 
 def load_processor(folder: Path, spec: ModelSpec) -> Any:

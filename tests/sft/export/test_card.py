@@ -15,8 +15,8 @@ from sft.export.forms import FORMS, Request, export
 RECIPE = {
     "model": {"name": "org/base"},
     "method": {"name": "spiel", "density": 0.01, "num_weights": None},
-    "data": {"train": "/home/me/secret/rows.jsonl"},
-    "training": {"learning_rate": 0.001, "output_dir": "/home/me/run", "optim": None},
+    "data": {"train": "/private/place/rows.jsonl"},
+    "training": {"learning_rate": 0.001, "output_dir": "/private/run", "optim": None},
     "seed": 3,
 }  # fmt: skip
 RECORD = {
@@ -58,7 +58,7 @@ def test_a_card_tells_base_method_settings_data_and_results(run, tmp_path) -> No
         "The licence of the base model, `org/base`, applies; see there.",
     ):
         assert line in card.text.splitlines() or line in card.text, line
-    assert "/home/me" not in card.content and "num_weights" not in card.content
+    assert "/private" not in card.content and "num_weights" not in card.content
 
 
 def test_the_licence_is_that_of_the_base(tmp_path) -> None:
