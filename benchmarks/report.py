@@ -19,6 +19,7 @@ import report_methods
 import report_performance
 import report_plan
 import report_quantized
+import report_recipes
 import report_saved_inputs
 import report_zeroth_order
 
@@ -28,6 +29,7 @@ PLAN = HERE.parent / "docs/plan.md"
 MEMORY = HERE.parent / "docs/memory.md"
 PERFORMANCE = HERE.parent / "docs/performance.md"
 README = HERE.parent / "README.md"
+RECIPES = HERE.parent / "docs/recipes.md"
 CHOOSING = HERE.parent / "docs/choosing.md"
 START, END = "<!-- from benchmarks/report.py -->\n", "<!-- end -->"
 
@@ -297,6 +299,7 @@ def pages() -> dict[Path, str]:
         else {}
     )
     short = {path: with_summary(path) for path in (README, CHOOSING)}
+    short[RECIPES] = report_recipes.page(RECIPES.read_text(), found["recipes"])
     return {PAGE: page(), PERFORMANCE: performance, **short, **plan, **memory}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from sft.identity import sparse_tuner
 from sft.optim.adamw import SparseAdamW
@@ -28,8 +29,9 @@ def optimizer_maker(recipe: Recipe) -> MakeOptimizer:
         tuner = sparse_tuner(model)
         chosen = None if tuner is None else method_optimizer(tuner, arguments)
         trained = [p for p in model.parameters() if p.requires_grad]
-        if chosen is None and "8bit" in str(arguments.optim):
-            return EightBit(trained, states=1 if "lion" in str(arguments.optim) else 2)
+        name = OptimizerNames(arguments.optim).value  # "adamw_bnb_8bit" is the member ADAMW_BNB
+        if chosen is None and "8bit" in name:
+            return EightBit(trained, states=1 if "lion" in name else 2)
         if chosen is None:
             chosen = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         kind, options = chosen

@@ -12,9 +12,11 @@ from sft.plan.batch import batch_of
 from sft.plan.devices import GIB, device_names, device_of
 from sft.plan.flops import flops
 from sft.plan.ledger import Ledger
+from sft.plan.optimizers import optimizer_maker
 from sft.plan.placement import Placement, placement_of
 from sft.plan.shapes import faking
 from sft.plan.timeline import GRADIENTS, OPTIMIZER, WEIGHTS, Piece, Timeline
+from sft.recipe.load import load_recipe
 
 
 def test_a_ledger_notes_births_deaths_scratch_and_arithmetic():
@@ -133,3 +135,13 @@ def test_without_data_the_length_is_the_recipes(plan_recipe):
     assert (found.rows, found.length, found.labels) == (4, 48, 4 * 47)
     assert "training.max_length" in found.source
     assert batch_of(plan_recipe, 100).length == 100
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adamw_8bit", "lion_8bit"])
+def test_eight_bit_states_take_a_byte_an_entry(plan_file, name) -> None:
+    recipe = load_recipe(plan_file, ["method={name: full}", f"training.optim={name}"])
+    layer = torch.nn.Linear(256, 256, bias=False)
+    optimizer = optimizer_maker(recipe)(layer)
+    optimizer.step()
+    held = sum(t.nbytes for t in optimizer.state[layer.weight].values())
+    assert held == (1 if "lion" in name else 2) * (256 * 256 + 4 * 256)
