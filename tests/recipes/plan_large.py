@@ -32,7 +32,8 @@ def configurations() -> dict[str, Any]:
             architectures=["DebertaV2ForMaskedLM"], vocab_size=128100, hidden_size=768,
             num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
             type_vocab_size=0, relative_attention=True, position_buckets=256,
-            norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+            norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
         ),
     }  # fmt: skip
 
