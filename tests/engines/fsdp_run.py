@@ -143,7 +143,7 @@ def forward(lab: Any) -> dict[str, Any]:
 
 def refused(lab: Any) -> dict[str, Any]:
     """Ask for what can't be sharded."""
-    model = cases.peft("S2FTConfig", density=0.5, layout="permuted")(lab)
+    model = cases.peft("S2FTConfig", roles=["down"], density=0.5, layout="permuted")(lab)
     return finish(lab.trainer("refused", model=model), lab.folder / "refused")
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
-from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -165,24 +162,3 @@ def _size(shape) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def test_the_examples_of_the_page_run(llama, tmp_path, monkeypatch) -> None:
-    from datasets import Dataset
-
-    page = Path(__file__).resolve().parents[3] / "docs/zeroth_order.md"
-    first, second = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert "max_steps=20000" in first
-    monkeypatch.chdir(tmp_path)
-    rows = torch.randint(0, 48, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    names = {
-        "base": llama(),
-        "tokenized": Dataset.from_dict({"input_ids": rows, "labels": rows}),
-    }
-    short = "max_steps=2, use_cpu=True, disable_tqdm=True, report_to='none'"
-    exec(first.replace("max_steps=20000", short), names)
-    before = names["base"].lm_head.weight.detach().clone()
-    exec(second.replace("eps=1e-2", "eps=0.5"), names)  # of random weights no count tips sooner
-    assert not torch.equal(before, names["base"].lm_head.weight)
-    log = ZerothOrderLog.load(tmp_path / "out/zeroth_order/log.safetensors")
-    assert log.header["objective"] == "mistakes"

@@ -174,6 +174,7 @@ def test_an_interrupted_run_of_the_model_itself_goes_on(go, tmp_path) -> None:
 @pytest.mark.parametrize("section", ["null", "{eps: 0.1}"], ids=["backward", "forward alone"])
 @pytest.mark.parametrize("name", ["prompt_tuning", "prefix_tuning"])
 @pytest.mark.filterwarnings("ignore:.*virtual tokens:UserWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_prompts_are_trained_and_measured(go, name, section, tmp_path) -> None:
     method = f"{{name: {name}, num_virtual_tokens: 2}}"
     settings = ("export.merged=false", "evaluation.metrics=[nll]", f"zeroth_order={section}")
