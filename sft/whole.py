@@ -41,8 +41,11 @@ def refuse_target(
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling that replaces `folder` when the block ends without an error."""
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders

@@ -21,6 +21,7 @@ from sft.export.patched import export_patch
 from sft.export.reloaded import probe_for, reload
 from sft.export.shards import SHARD, write_shards
 from sft.export.source import Source, find_source
+from sft.export.spec import is_size
 from sft.export.stock import export_adapter_as_lora, export_adapter_as_shira
 from sft.whole import refuse_target, written_whole
 
@@ -73,8 +74,15 @@ def export(folder: Path, form: str, request: Request, say: Say = print) -> str:
         raise UserError(f"--to: got {form!r}; expected one of {', '.join(FORMS)}")
     if request.dtype not in DTYPES:
         raise UserError(f"--dtype: got {request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    if not is_size(request.max_shard_size):
+        raise UserError(
+            f"--max-shard-size: got {request.max_shard_size!r}; expected one such as 5GB"
+        )
     source = find_source(folder, request.base)
-    refuse_target(request.to, overwrite=request.overwrite, sources=[source.folder], option="--out")
+    read: list[Path | str] = [source.folder]
+    if source.base_known:
+        read.append(source.base_spec().name)
+    refuse_target(request.to, overwrite=request.overwrite, sources=read, option="--out")
     told = FORMS[form](source, request, say)
     write_card(request.to, _facts(source, form, request.to))
     return f"{request.to}: {told}"
@@ -199,5 +207,5 @@ def _facts(source: Source, form: str, to: Path) -> Facts:
     architectures: list[str] = []
     if config.is_file():
         architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    base = source.base_spec().name if source.kind != "model" or source.base else str(source.folder)
+    base = source.base_spec().name if source.base_known else str(source.folder)
     return Facts(form, base, architectures[0] if architectures else "", **found)

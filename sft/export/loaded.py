@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,9 @@ def spec_of(adapter: Path, base: str | None) -> ModelSpec:
 
 def trained_on(adapter: Path) -> str:
     """Return the base named in the adapter's config."""
-    config = json.loads((adapter / SETTINGS).read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
+    from sft.tools.opened import read_settings
+
+    name = read_settings(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter}: does not name its base model; pass --base")
     return str(name)
@@ -78,14 +78,9 @@ def shapes_of(adapter: Path, base: str | None) -> Any:
     Raises:
         UserError: the file is damaged, or does not fit.
     """
-    from safetensors import SafetensorError
-
     from sft.tools.opened import open_adapter
 
-    try:
-        return open_adapter(adapter, base)
-    except SafetensorError as error:
-        raise UserError(f"{adapter / TENSORS}: damaged ({error})") from error
+    return open_adapter(adapter, base)
 
 
 def load_processor(folder: Path, spec: ModelSpec) -> Any:

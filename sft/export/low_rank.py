@@ -55,6 +55,8 @@ class Approximation:
         Raises:
             UserError: the error is larger than allowed at the highest rank.
         """
+        if not bool(delta.isfinite().all()):
+            raise UserError(f"--to lora: {name} holds values that are not finite; train it again")
         factors, error, needed = nearest(delta, _EXACT, self.max_rank)
         if needed > self.max_rank:
             factors, error, needed = nearest(delta, self.max_error, self.max_rank)

@@ -45,6 +45,11 @@ class Source:
     base: str | None = None
     run: Path | None = None
 
+    @property
+    def base_known(self) -> bool:
+        """Whether there is a base: a whole model may have none."""
+        return self.kind != "model" or bool(self.base)
+
     def base_spec(self) -> ModelSpec:
         """Return the base, packed as it was in training.
 

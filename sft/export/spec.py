@@ -10,6 +10,11 @@ from pydantic import Field, field_validator
 from sft.recipe.section import Section
 
 
+def is_size(text: str) -> bool:
+    """Tell whether a text is the size of a file, such as 5GB."""
+    return re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text) is not None
+
+
 class ExportSpec(Section):
     """What is written after training, besides the adapter."""
 
@@ -43,6 +48,6 @@ class ExportSpec(Section):
     @field_validator("max_shard_size")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
-        if re.fullmatch(r"\d+(\.\d+)?[KMGT]B", value) is None:
+        if not is_size(value):
             raise ValueError(f"max_shard_size: got {value!r}; expected one such as 5GB")
         return value

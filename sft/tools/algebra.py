@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,6 +81,8 @@ def check_request(request: Request, count: int) -> None:
         raise UserError(
             f"--weights: got {len(request.weights)} for {count} adapters; give one for each"
         )
+    if not all(map(math.isfinite, request.weights)):
+        raise UserError(f"--weights: got {request.weights}; give finite numbers")
     density = request.density
     if known.drops and density is None:
         raise UserError(f"--density: {name} needs the share of positions to keep; give 0.2, say")

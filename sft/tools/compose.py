@@ -114,6 +114,11 @@ def _one(name: str, found: Sequence[Change | None], request: Request) -> Change:
     if len(shapes) != 1:
         raise UserError(f"compose: {name} has the shapes {sorted(shapes)}; compose one base's")
     (shape,) = shapes
+    if not all(bool(change.values.isfinite().all()) for change in found if change is not None):
+        raise UserError(
+            f"compose: {name} holds values that are not finite in one of the adapters; take an "
+            "earlier checkpoint"
+        )
     aligned = align(shape, found)
     values, where = combine(aligned, request, seeded(request.seed, "compose", name))
     if aligned.positions is None and bool(where.all()):

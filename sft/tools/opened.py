@@ -130,6 +130,7 @@ def open_adapter(folder: Path, base: str | None = None) -> Opened:
         UserError: it cannot be read, or does not fit.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     registry.register_all()
     place = find_adapter(folder)
@@ -137,9 +138,12 @@ def open_adapter(folder: Path, base: str | None = None) -> Opened:
     name = base or settings.get("base_model_name_or_path") or ""
     if not name:
         raise UserError(f"{place}: does not name its base model; pass --base")
-    model = _shapes(place, settings, name)
     try:
+        model = _shapes(place, settings, name)
         adapted = PeftModel.from_pretrained(model, str(place), NAME, low_cpu_mem_usage=True)
+    except SafetensorError as error:
+        text = f"{place / TENSORS}: damaged ({one_line(error)[:200]}); copy it anew"
+        raise UserError(text) from error
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{place}: does not fit {name}: {one_line(error)[:300]}") from error
     return Opened(adapted, NAME, name, place)

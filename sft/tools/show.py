@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -130,6 +131,8 @@ def _table(
 
 
 def _bar(share: float) -> str:
+    if not math.isfinite(share):
+        return ""  # a delta that holds NaN
     whole, part = divmod(round(share * _BAR * 8), 8)
     return "█" * whole + (_EIGHTHS[part] if part else "")
 
