@@ -13,6 +13,7 @@ from sft.recipe.deepspeed import prepare_processes, resolve_deepspeed
 from sft.recipe.fields import check_fields
 from sft.recipe.schema import Recipe
 from sft.recipe.source import Source
+from sft.recipe.trackers import check_trackers
 from sft.tasks.find import build_task
 
 # Set by other sections of the recipe, or by the trainer itself.
@@ -76,6 +77,8 @@ def build_arguments(recipe: Recipe, *, runs: bool = False) -> Any:
         runs: a run follows. DeepSpeed is else left out: it would start processes to be asked.
     """
     given = dict(recipe.training)
+    if runs:
+        check_trackers(given.get("report_to"))
     if given.get("deepspeed") and runs:
         prepare_processes()
     elif not runs:

@@ -1,0 +1,1 @@
+"""Sparse training inside other tools, through the interfaces that they offer."""
