@@ -45,7 +45,8 @@ def chat(
 ) -> None:
     """Talk to a model. In it: /base and /adapter switch, /clear forgets, /quit leaves.
 
-    Examples:
+    For example:
+
         sft chat runs/quickstart
 
         sft chat runs/quickstart --raw --once "c a t ->" --max-new-tokens 8

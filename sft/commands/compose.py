@@ -41,7 +41,8 @@ def compose(
     Each weight's changes are combined on the positions that any adapter reaches. What comes out
     is a static SpIEL delta, exact in float32.
 
-    Examples:
+    For example:
+
         sft compose add runs/a runs/b --out both
 
         sft compose ties runs/a runs/b runs/c --density 0.2 --weights 1,1,0.5 --out merged

@@ -21,7 +21,8 @@ def diff(
     A whole model is compared by what it changes of the other's base; of two whole models, the
     second one is the base.
 
-    Examples:
+    For example:
+
         sft diff runs/a runs/b
 
         sft diff runs/a/merged smollm2-135m-instruct

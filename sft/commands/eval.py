@@ -47,7 +47,8 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out examples, or on any data.
 
-    Examples:
+    For example:
+
         sft eval runs/quickstart --compare
 
         sft eval runs/quickstart/merged --data test.jsonl --metrics nll,exact_match --json

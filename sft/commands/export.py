@@ -61,7 +61,8 @@ def export(
 ) -> None:
     """Save what was trained in a stock format, then check it by reloading.
 
-    Examples:
+    For example:
+
         sft export runs/quickstart --to merged --out merged
 
         sft export runs/sora --to lora --out lora

@@ -22,7 +22,8 @@ def inspect(
 
     The base stays on disk. With several adapters, their overlaps are printed as well.
 
-    Examples:
+    For example:
+
         sft inspect runs/quickstart
 
         sft inspect runs/a/adapter runs/b/adapter --json

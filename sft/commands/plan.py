@@ -30,7 +30,8 @@ def plan(
 ) -> None:
     """Tell what a run takes, before any weight is loaded: bytes by kind, seconds a step.
 
-    Examples:
+    For example:
+
         sft plan quickstart
 
         sft plan my.yaml --gpu 24GB --world 4 --zero 3 training.per_device_train_batch_size=16

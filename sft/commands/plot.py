@@ -21,7 +21,8 @@ def plot(
 ) -> None:
     """Draw a run's curves, and where its adapter changes the model: layers by types.
 
-    Examples:
+    For example:
+
         sft plot runs/quickstart --out run.png
 
         sft plot adapter --out map.svg

@@ -29,7 +29,8 @@ NameArgument = Annotated[
 def recipes(context: typer.Context) -> None:
     """List the shipped recipes; show or copy one.
 
-    Examples:
+    For example:
+
         sft recipes
 
         sft recipes show quickstart

@@ -36,7 +36,8 @@ def replay(
 ) -> None:
     """Rebuild the weights of a zeroth-order run from its base and its log, bit for bit.
 
-    Examples:
+    For example:
+
         sft replay runs/mezo --to merged
 
         sft replay runs/mezo --until 500 --to earlier

@@ -19,7 +19,8 @@ def report(
     `sft train` does so at its end. A run that is going on, or was cut short, has a report as well:
     of the updates that its log holds.
 
-    Example:
+    For example:
+
         sft report runs/quickstart
     """
     with user_errors():

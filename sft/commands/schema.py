@@ -19,7 +19,8 @@ def schema(
     Editors with the YAML language server complete and check a recipe whose first line is
     `# yaml-language-server: $schema=recipe.schema.json`.
 
-    Example:
+    For example:
+
         sft schema --out recipe.schema.json
     """
     with user_errors():

@@ -23,7 +23,8 @@ def train(
 ) -> None:
     """Fine-tune a model by a recipe.
 
-    Examples:
+    For example:
+
         sft train quickstart
 
         sft train my.yaml method.density=0.01 training.learning_rate=5e-3 --dry-run

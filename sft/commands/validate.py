@@ -8,7 +8,8 @@ from sft.commands.arguments import Overrides, RecipeArgument, user_errors
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe, every key of it; loads neither data nor model.
 
-    Example:
+    For example:
+
         sft validate my.yaml
     """
     with user_errors():

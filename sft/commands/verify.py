@@ -26,7 +26,8 @@ def verify(
     Looks at files, settings, finite values, shapes, positions in order and in range, fingerprints
     of the base weights, the hash of the support, and versions. Base weights are read one at a time.
 
-    Examples:
+    For example:
+
         sft verify runs/quickstart
 
         sft verify adapter --base HuggingFaceTB/SmolLM2-135M --support 9e9f5e07
