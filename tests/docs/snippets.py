@@ -88,6 +88,7 @@ def _compiled(snippet: Snippet, names: dict[str, Any]) -> None:
 def _bash(snippet: Snippet, names: dict[str, Any]) -> None:
     for line in snippet.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        words = words[: words.index(">")] if ">" in words else words
         if words and words[0] == "sft":
             call(words[1:])
         elif words and words[0] not in ELSEWHERE:
