@@ -126,11 +126,11 @@ def test_memory_holds_one_shard(llama, adapter_on, tmp_path, monkeypatch) -> Non
     weights = AdapterWeights(adapter)
     del base
     gc.collect()
-    earlier, peak, save = alive(), [0], safetensors.torch.save_file
+    kept = tensors()  # what other tests left must neither go nor make room meanwhile
+    before, peak, save = held(kept), [0], safetensors.torch.save_file
 
     def gauge(*arguments, **more):
-        new = alive().keys() - earlier.keys()  # what other tests left may go meanwhile
-        peak[0] = max(peak[0], sum(alive()[place] for place in new))
+        peak[0] = max(peak[0], held(tensors()) - before)
         save(*arguments, **more)
 
     monkeypatch.setattr(safetensors.torch, "save_file", gauge)
@@ -140,14 +140,16 @@ def test_memory_holds_one_shard(llama, adapter_on, tmp_path, monkeypatch) -> Non
     assert 40_000 < peak[0] < 60_000 + 1_000
 
 
-def alive() -> dict[int, int]:
-    """Return the bytes of all tensors by their place."""
-    storages = {}
-    for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and not found.is_meta:
-            storage = found.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return storages
+def tensors() -> list[torch.Tensor]:
+    """Return all tensors that are alive."""
+    found = [obj for obj in gc.get_objects() if issubclass(type(obj), torch.Tensor)]
+    return [tensor for tensor in found if not tensor.is_meta]
+
+
+def held(found: list[torch.Tensor]) -> int:
+    """Count the bytes of tensors, those of a storage once."""
+    storages = [tensor.untyped_storage() for tensor in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_heads_of_other_tasks_are_written_and_reloaded(byte_base, adapter_on, tmp_path) -> None:
