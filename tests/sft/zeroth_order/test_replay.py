@@ -257,6 +257,7 @@ def test_what_is_read_is_never_replaced(run_of, tiny_model, tmp_path) -> None:
     assert load_log(find_log(run)) and (base / MODEL).is_file() and not list(run.glob(".*"))
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_what_has_no_merged_form_is_replayed_as_an_adapter(runs, tmp_path) -> None:
     run = runs("prompt", f"method={METHODS['prompt']}", "export.merged=false")
     line = refused("replay", run, "--to", tmp_path / "merged")
