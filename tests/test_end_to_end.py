@@ -117,11 +117,11 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, llama) -> None:
     from transformers import AutoModelForCausalLM
 
     llama().save_pretrained(tmp_path / "tiny")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert '"HuggingFaceTB/SmolLM2-135M"' in code
     monkeypatch.chdir(tmp_path)
     rows = torch.randint(0, 48, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    names = {"tokenized": Dataset.from_dict({"input_ids": rows, "labels": rows})}
+    names = {"rows": Dataset.from_dict({"input_ids": rows, "labels": rows})}
     exec(code.replace("HuggingFaceTB/SmolLM2-135M", "tiny"), names)
     merged = AutoModelForCausalLM.from_pretrained("out/merged")
     base = AutoModelForCausalLM.from_pretrained("tiny")
