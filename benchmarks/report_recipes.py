@@ -25,7 +25,8 @@ def tables(measured: dict[str, Any]) -> str:
     rows = [
         "## Small ones\n",
         "SmolLM2-135M, on the data embedded in the package. Measured by "
-        "`python benchmarks/recipes.py`, one run each.\n",
+        "`python benchmarks/recipes.py`, one run each, most on one thread beside other work: the "
+        "minutes are at most that.\n",
         "| recipe | task | method | trained | expected | measured | minutes |",
         "|---" * 7 + "|",
         *(_small(name, r, measured["recipes"].get(name)) for name, r in small.items()),
