@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from sft.commands.arguments import BaseOption, user_errors
+from sft.errors import UserError
+
+WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # what tasks call models that answer
 
 
 def chat(
@@ -70,6 +73,11 @@ def chat(
 
         found = find_target(target, base=base)
         task = task_of(found)
+        if task.peft_type not in WRITES:
+            raise UserError(
+                f"{target}: is a model for {task.name}, which writes no text; give one that "
+                "does, or judge this one by sft eval"
+            )
         tokenizer = open_processor(found, task)
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         plain = trained_on(found) in COMPLETIONS if raw is None else raw

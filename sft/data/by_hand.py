@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 LINES = (".jsonl", ".csv", ".tsv", ".txt")  # endings of files that are read so
+NOT_TEXT = "not UTF-8 text"
 
 csv.field_size_limit(2**31 - 1)  # of one cell; the default would refuse long documents
 
@@ -22,10 +24,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     if path.suffix == ".jsonl":
         yield from _json_lines(path)
     elif path.suffix == ".txt":
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, {"text": line.rstrip("\r\n")}
+                    row = {"text": line.rstrip("\r\n")}
+                    yield number, row if _is_text(line) else NOT_TEXT
     else:
         yield from _cells(path)
 
@@ -44,6 +47,14 @@ def header(path: Path) -> list[str]:
     """Return the names of the columns."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         return next(csv.reader(file, delimiter=delimiter(path)), [])
+
+
+def wrong_names(names: list[str]) -> str | None:
+    """Say what is wrong with the names of columns, if anything is."""
+    if not all(map(_is_text, names)):
+        return NOT_TEXT
+    twice = [name for name in names if names.count(name) > 1]
+    return f"two columns are called {twice[0]!r}" if twice else None
 
 
 def typed(name: str, value: str) -> Any:
@@ -66,20 +77,31 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             try:
                 row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                yield number, "not UTF-8 text"
+                yield number, NOT_TEXT
             except json.JSONDecodeError as error:
                 yield number, f"not valid JSON ({error.msg}, column {error.colno})"
+            except RecursionError:
+                yield number, "not valid JSON (lists or objects too deep in one another)"
+            except ValueError:  # Python reads no longer ones
+                yield number, "not valid JSON (a number of thousands of digits)"
             else:
                 kind = type(row).__name__
-                whole = isinstance(row, dict)
-                yield number, row if whole else f"expected one JSON object a line, found {kind}"
+                if not isinstance(row, dict):
+                    yield number, f"expected one JSON object a line, found {kind}"
+                elif b"\\" in raw and not _is_text(json.dumps(row, ensure_ascii=False)):
+                    yield number, "half a character (one \\ud... escape of a pair) is no text"
+                else:
+                    yield number, row
 
 
 def _cells(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield the rows of a table; an empty cell is a value that is missing."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    """Yield the rows of a table; an empty cell, or none, is a value that is missing."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter(path))
         names = next(reader, [])
+        if (wrong := wrong_names(names)) is not None:
+            yield 1, wrong
+            return
         begins = reader.line_num + 1
         for cells in reader:
             line, begins = begins, reader.line_num + 1
@@ -87,6 +109,17 @@ def _cells(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 continue
             if len(cells) > len(names):
                 yield line, f"{len(cells)} cells for {len(names)} columns"
-                continue
-            pairs = zip(names, cells, strict=False)
-            yield line, {name: typed(name, cell) if cell else None for name, cell in pairs}
+            elif not all(map(_is_text, cells)):
+                yield line, NOT_TEXT
+            else:
+                pairs = zip_longest(names, cells, fillvalue="")
+                yield line, {name: typed(name, cell) if cell else None for name, cell in pairs}
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value can be written: bytes that were none, and halves of pairs, cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

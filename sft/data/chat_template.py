@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sft.errors import UserError, one_line
+
+if TYPE_CHECKING:  # which loads templates itself
+    from sft.data.load import Examples
 
 ENDINGS = (".jinja", ".jinja2", ".j2")
 
@@ -35,6 +39,23 @@ def read_template(given: str) -> str:
             f"model.chat_template: line {error.lineno}: {one_line(error)}; mend the template"
         ) from error
     return text
+
+
+def check_template(data: Examples, tokenizer: Any, name: str) -> None:
+    """Raise UserError on conversations that no template writes as text.
+
+    Args:
+        data: of a run.
+        tokenizer: of its model.
+        name: of the model, for the message.
+    """
+    row: dict[str, Any] = next(iter(data.first(1)), {})
+    keys = [key for key in ("messages", "prompt", "chosen") if isinstance(row.get(key), list)]
+    if keys and hasattr(tokenizer, "apply_chat_template") and not tokenizer.chat_template:
+        raise UserError(
+            f"model.chat_template: {name} brings none, and {keys[0]!r} of the data holds "
+            "conversations; give a .jinja file or a template"
+        )
 
 
 def _without_marks(text: str) -> str:

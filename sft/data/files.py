@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.data.by_hand import LINES, delimiter, header
+from sft.data.by_hand import LINES, delimiter, header, wrong_names
 from sft.errors import UserError, one_line
 
 BUILDERS = {
@@ -38,6 +38,7 @@ def read_file(name: str, key: str) -> Any | None:
     try:
         with quiet():
             found = _read(path)
+            found.data.validate(full=True)  # readers of JSON and Parquet take bytes on trust
     except Exception as error:
         if path.suffix in LINES:
             return None
@@ -63,14 +64,17 @@ def check_file(key: str, path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let `datasets` show no progress in the block."""
+    """Let `datasets` show no progress in the block, and log no error that it raises as well."""
     import datasets
 
     shown = datasets.utils.logging.is_progress_bar_enabled()
+    level = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -88,7 +92,10 @@ def _read(path: Path) -> Any:
     builder = BUILDERS[path.suffix]
     given: dict[str, Any] = {}
     if builder == "csv":  # text is text: a word may look like a number, or be "null"
-        features = {name: datasets.Value("string") for name in header(path)}
+        names = header(path)
+        if (wrong := wrong_names(names)) is not None:
+            raise ValueError(wrong)
+        features = {name: datasets.Value("string") for name in names}
         given = {
             "features": datasets.Features(features),
             "sep": delimiter(path),

@@ -13,7 +13,7 @@ from sft.data.canonical import canonicalise
 from sft.data.cmudict import EMBEDDED, load_embedded
 from sft.data.columns import renamed
 from sft.data.equal import keys, without
-from sft.data.files import quiet
+from sft.data.files import cause, quiet
 from sft.data.formats import canonical, detect_format
 from sft.data.mix import Part, held_out_of, limited, mixed, weights
 from sft.data.source import open_source
@@ -118,7 +118,14 @@ def _by_lines(source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -
     from datasets import Dataset
 
     stream = Stream(source, bad, formats, at_once=True)
-    return Dataset.from_list(list(stream)), stream.format
+    rows = list(stream)
+    try:
+        return Dataset.from_list(rows), stream.format
+    except (ValueError, TypeError, OverflowError) as error:  # Arrow's are among them
+        raise UserError(
+            f"{bad.key}: {source.path}: values of one column are of several types "
+            f"({cause(error)}); write them alike"
+        ) from error
 
 
 def _alike(parts: list[Part]) -> list[Part]:

@@ -53,7 +53,8 @@ def segments(trainer: Any, batch: Any) -> list[Segment]:
         shape = " x ".join(str(size) for size in batch["pixel_values"].shape[1:])
         return [(f"(an image of {shape})", False)]
     ids, labels = batch["input_ids"], batch.get("labels")
-    if getattr(trainer.model.config, "is_encoder_decoder", False):
+    writes = getattr(trainer.model.config, "is_encoder_decoder", False)
+    if writes and labels is not None and labels.dim() == 2:  # else it classifies
         target = [id for id in labels[0].tolist() if id != IGNORED]
         source = _decoded(_there(batch, 0), [False] * len(_there(batch, 0)), tokenizer)
         return [*source, ("\n", False), *_decoded(target, [True] * len(target), tokenizer)]

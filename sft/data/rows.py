@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import string
 from typing import Any
 
 Row = dict[str, Any]
+
+NO_LABEL = -100
 
 SPEAKERS = {
     "system": "system",
@@ -74,8 +77,8 @@ def check_token_classification(row: Row, chat: bool) -> None:
 
 
 def check_image(row: Row, chat: bool) -> None:
-    """`image` and `label`; that an image opens is seen when it is read."""
-    value_of(row, "image")
+    """`image`, of which the head is read, and `label`."""
+    _check_opens(value_of(row, "image"))
     check_label(row)
 
 
@@ -99,6 +102,9 @@ def check_tokenised(row: Row, chat: bool) -> None:
     for key in ("labels", "attention_mask"):
         if row.get(key) is not None and len(list_of(row, key, int)) != len(ids):
             raise ValueError(f"{key}: got {len(row[key])} of them for {len(ids)} input_ids")
+    odd = [label for label in row.get("labels") or () if label < 0 and label != NO_LABEL]
+    if odd:
+        raise ValueError(f"labels: got {odd[0]}, allowed is {NO_LABEL} (no label), or an id")
 
 
 def check_alpaca(row: Row, chat: bool) -> None:
@@ -216,6 +222,23 @@ def _spoken(row: Row, key: str, chat: bool) -> str:
         return "messages"
     text_of(row, key)
     return "text"
+
+
+def _check_opens(image: Any) -> None:
+    """Raise unless a file, or bytes, begin as an image does."""
+    from PIL import Image
+
+    if not isinstance(image, dict):  # it is open
+        return
+    path, content = image.get("path"), image.get("bytes")
+    if content is None and "://" in str(path):
+        return
+    try:
+        Image.open(str(path) if content is None else io.BytesIO(content)).close()
+    except FileNotFoundError as error:
+        raise ValueError(f"image: {path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image: {path or 'its bytes'}: is no image that can be read") from error
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from sft.data.source import cannot, is_saved, local_files, locate
 from sft.data.spec import SourceSpec
 from sft.errors import UserError
 
+LOOKED_AT = 100  # rows whose columns tell the format
 COUNTED = ("classification", "token_classification", "image_classification")
 
 
@@ -42,11 +43,9 @@ class Stream:
         self.files = None if source.path in EMBEDDED else local_files(source, bad.key)
         self.held_out: set[bytes] = set()
         self.chat = formats is None or "messages" in formats
-        first = next((row for _, _, row in self._raw() if isinstance(row, dict)), None)
-        if first is None:
-            raise UserError(f"{bad.key}: {source.path}: holds no examples")
-        check_columns(source.columns, list(first), source.path)
-        columns = list(renamed_row(first, source.columns))
+        there = self._columns()
+        check_columns(source.columns, there, source.path)
+        columns = list(renamed_row(dict.fromkeys(there), source.columns))
         self.written = detect_format(columns, source.path, source.format, formats, source.columns)
         if self.written in COUNTED and not at_once:
             raise UserError(
@@ -91,6 +90,25 @@ class Stream:
         if self.source.examples is not None:
             rows = rows.take(self.source.examples)
         return rows.shuffle(seed=seed, buffer_size=buffer)
+
+    def _columns(self) -> list[str]:
+        """Return the columns of the first rows: one alone may lack some."""
+        wrong: list[tuple[str, int, str]] = []
+        found: dict[str, Any] = {}
+        good = 0
+        for name, line, row in self._raw():
+            if isinstance(row, str):
+                wrong.append((name, line, row))
+                continue
+            found |= row
+            good += 1
+            if good == LOOKED_AT:
+                break
+        if not found:
+            for name, line, reason in wrong[:1]:
+                self.bad.found(name, line, reason)
+            raise UserError(f"{self.bad.key}: {self.source.path}: holds no examples")
+        return list(found)
 
     def _raw(self) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
         """Yield the name of a file, a line of it, and its row, or what is wrong there."""

@@ -61,13 +61,13 @@ def batches(
 
 
 def class_of(label: Any, config: Any) -> int:
-    """Return a class by its number or name.
+    """Return a class by its name or number; a name goes first, as in training.
 
     Raises:
         UserError: the model has no such class.
     """
     names = config.label2id or {}
-    found = label if isinstance(label, int) else names.get(label, names.get(str(label)))
+    found = names.get(str(label), label if isinstance(label, int) else None)
     if found is None or not 0 <= int(found) < config.num_labels:
         known = ", ".join(map(str, list(names)[:10]))
         raise UserError(

@@ -98,12 +98,12 @@ def predict(model: Any, tokenizer: Any, rows: Any, size: int, longest: int) -> l
 
 
 def _by_word(tags: list[int], words: list[int | None], names: dict[int, str]) -> list[str]:
-    """Return the tag of the first token of each word."""
+    """Return the tag of the first token of each word; a word of no token is outside."""
     first: dict[int, str] = {}
     for tag, word in zip(tags, words, strict=True):
         if word is not None:
             first.setdefault(word, names[tag])
-    return [first[word] for word in sorted(first)]
+    return [first.get(word, OUTSIDE) for word in range(max(first, default=-1) + 1)]
 
 
 def _pairs(predicted: Tags, actual: Tags) -> list[tuple[str, str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
+import numbers
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sft.errors import UserError, unknown_name
+from sft.errors import UserError, one_line, unknown_name
 from sft.rewards import builtin
 
 Reward = Callable[..., list[float | None]]
@@ -114,7 +118,31 @@ def _users(name: str) -> Reward:
     found = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"task.rewards: {file} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
+    return found if inspect.iscoroutinefunction(found) else _guarded(found, name)
+
+
+def _guarded(function: Callable[..., Any], name: str) -> Reward:
+    """Let what goes wrong in a user's function be one line that says where."""
+
+    @functools.wraps(function)
+    def reward(*args: Any, **columns: Any) -> list[float | None]:
+        try:
+            values = list(function(*args, **columns))
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"task.rewards: {name}: {type(error).__name__}: {one_line(error)} "
+                f"({last.filename}:{last.lineno}); mend the function"
+            ) from error
+        for value in values:
+            if value is not None and not isinstance(value, numbers.Real):
+                raise UserError(
+                    f"task.rewards: {name}: got {value!r} for a completion, allowed is a number or "
+                    "None; mend the function"
+                )
+        return values
+
+    return reward
 
 
 def _check_pattern(pattern: str) -> None:

@@ -76,6 +76,8 @@ def train(trainer: Any, checkpoint: str | None) -> Any:
     """Train, from a checkpoint where one is named; what does not fit it is the user's error."""
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
+    except UserError:
+        raise
     except ValueError as error:
         where = f"training.resume_from_checkpoint: {checkpoint}: " if checkpoint else ""
         raise UserError(f"{where}{error}") from error

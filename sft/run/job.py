@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from sft.data.chat_template import check_template
 from sft.data.load import Examples, load_data
 from sft.data.preview import preview, show
 from sft.data.summary import describe, section, skipped
+from sft.data.vocabulary import check_ids
 from sft.environment import check_kernels, versions
-from sft.errors import UserError
+from sft.errors import UserError, one_line
 from sft.processes import Team
 from sft.recipe.expected import broken
 from sft.recipe.load import to_yaml
@@ -114,6 +116,7 @@ class Job:
             self._say(*skipped(self.data))
             with phases.phase("model"):
                 self.processor = self.task.load_processor(recipe.model)
+                check_template(self.data, self.processor, recipe.model.name)
                 self.model = self._base()
 
     def _base(self) -> Any:
@@ -149,8 +152,11 @@ class Job:
                     self.data,
                     [progress, RunLog()],
                 )
+            except UserError:
+                raise
             except ValueError as error:
-                raise UserError(f"training: {error}") from error
+                raise UserError(f"training: {one_line(error)}") from error
+            check_ids(self.data, self.trainer.model)
             self.example = preview(self.trainer)
             self.probes = Probes(self)
             if (during := self.probes.during()) is not None:

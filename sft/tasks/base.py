@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from sft.data.load import Examples
+from sft.errors import UserError
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
 from sft.tasks.task import TaskOptions
@@ -37,7 +38,9 @@ class TaskBase:
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load the causal language model."""
-        return load_model(spec, device=device)
+        model = load_model(spec, device=device)
+        check_decoder(model.config, spec.name)
+        return model
 
     def heads(self, model: Any) -> list[str]:
         """Return the modules that no file had: a frozen random one would stay random."""
@@ -74,6 +77,19 @@ class HeadTask(TrainerTask):
     def heads(self, model: Any) -> list[str]:
         """Return what lies between the backbone and the output, and what else starts at random."""
         return sorted({*super().heads(model), *new_heads(model)})
+
+
+def check_decoder(config: Any, name: str) -> None:
+    """Raise UserError on an encoder: its tokens see those that they should predict."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    both = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_MASKED_LM_MAPPING
+    if both and not (config.is_decoder or getattr(config, "causal", False)):
+        raise UserError(
+            f"model.name: {name} is an encoder ({config.model_type}), whose tokens see those that "
+            "follow; take a decoder, or task: masked-lm"
+        )
 
 
 def evaluated(examples: Examples, arguments: Any) -> Any | None:

@@ -33,6 +33,11 @@ def label_names(rows: Any, column: str, given: Sequence[str] | None) -> list[str
     names: list[Any] = sorted(found, key=_natural) if given is None else list(given)
     if all(isinstance(label, int) for label in names):  # 0, 1, 2: the gaps count too
         names = list(range(max(names) + 1)) if min(names) >= 0 else names
+    if len(names) < 2:
+        raise UserError(
+            f"data.train: {column}: got one class alone ({', '.join(map(str, names))}), so there "
+            "is nothing to learn; add examples of another, or name all by task.labels"
+        )
     shown = [str(name) for name in names]
     for label in sorted(found, key=_natural):
         class_number(label, shown)
@@ -48,7 +53,7 @@ def class_number(label: Any, names: Sequence[str]) -> int:
     if str(label) in names:
         return names.index(str(label))
     if isinstance(label, int) and 0 <= label < len(names):
-        return label
+        return int(label)  # true and false are numbers too
     raise UserError(
         f"task.labels: got the label {label!r} in the data, allowed is {', '.join(names)}; name "
         "it, or mend the data"

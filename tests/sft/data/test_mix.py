@@ -116,3 +116,18 @@ def test_embedded_words_mix_with_files(jsonl, load):
     found = load(["cmudict", str(path)], eval_examples=10)
     assert len(found.train) + len(found.held_out) == 4001
     assert len(load(path, eval="cmudict").held_out) == 400  # the words that are held out
+
+
+def test_a_source_without_a_weight_weighs_1():
+    from sft.data.mix import weights
+    from sft.data.spec import SourceSpec
+
+    sources = [SourceSpec(path="a", weight=3.0), SourceSpec(path="b")]
+    assert weights(sources) == [0.75, 0.25]
+
+
+def test_sources_of_one_length_are_not_limited_to_the_same_rows(jsonl, load):
+    paths = [jsonl(f"{n}.jsonl", *({"text": f"{n}{i}"} for i in range(50))) for n in "ab"]
+    found = load([{"path": str(path), "examples": 10} for path in paths]).train["text"]
+    rows = [{text[1:] for text in found if text[0] == n} for n in "ab"]
+    assert [len(r) for r in rows] == [10, 10] and rows[0] != rows[1]

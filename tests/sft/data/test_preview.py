@@ -175,3 +175,14 @@ def test_a_run_prints_and_stores_its_data(recipe_file, tmp_path):
     text = printed.getvalue()
     assert "first example («»: trained on)" in text
     assert text.index("first example") < text.index("\ntrain ")
+
+
+def test_a_character_that_two_runs_share_is_whole():
+    from sft.data.preview import _decoded
+
+    class Bytes:
+        def decode(self, ids, **_):
+            return bytes(ids).decode("utf-8", "replace")
+
+    ids = list("aéb".encode())
+    assert _decoded(ids, [False, False, True, True], Bytes()) == [("a", False), ("éb", True)]

@@ -222,3 +222,21 @@ def test_an_answer_that_is_no_choice_is_named(answer):
 def test_data_that_cannot_tell_a_metric_is_named(tokenizer, questions, format, metric, allowed):
     with pytest.raises(UserError, match=f"got {metric} of {format} examples, allowed is {allowed}"):
         language.measure(None, tokenizer, questions, format, spec(metric), 99)
+
+
+def test_a_word_without_a_token_keeps_the_others_in_place():
+    names = {0: "O", 1: "B-X"}
+    found = token_classification._by_word([1, 1, 0, 1], [None, 0, 2, 2], names)
+    assert found == ["B-X", "O", "O"]  # the second word has no token
+    assert token_classification._by_word([1], [None], names) == []
+
+
+def test_lengths_of_choices_are_counted_in_bytes(tokenizer, monkeypatch):
+    rows = [{"question": "one", "choices": ["éé", "aaa"], "answer": 0}]
+    monkeypatch.setattr(multiple_choice, "scores", lambda *_: [[-3.2, -2.7]])
+    # -3.2 / 4 bytes beats -2.7 / 3; of characters, -3.2 / 2 would not
+    given = (None, tokenizer, rows, "multiple_choice")
+    assert multiple_choice.measure(*given, spec(*multiple_choice.NAMES), 9) == {
+        "choice_accuracy": 0.0,
+        "choice_accuracy_norm": 1.0,
+    }

@@ -164,3 +164,11 @@ def test_the_shipped_text_is_long_enough_and_plain():
     assert text.isascii()
     assert "<" not in text
     assert forgetting.KEPT == 1024
+
+
+def test_many_chunks_say_what_one_says(loaded, monkeypatch):
+    model, _ = loaded
+    ids = [torch.arange(3, 12)]
+    whole = judge(model, ids)
+    monkeypatch.setattr("sft.evaluation.log_probs.chunk_rows", lambda _: 2)
+    assert judge(model, ids).loss == pytest.approx(whole.loss, rel=1e-6)

@@ -86,3 +86,10 @@ def test_classifiers_and_masked_models_predict_no_next_token(llama):
     assert predicts_tokens(llama())
     assert not predicts_tokens(LlamaForSequenceClassification(llama().config))
     assert not predicts_tokens(BertForMaskedLM(BertConfig(**small, intermediate_size=16)))
+
+
+def test_token_0_is_a_label_too(llama):
+    inputs = inputs_of()
+    labels = torch.zeros_like(inputs["input_ids"])
+    found = token_log_probs(llama().eval(), inputs, labels)
+    assert bool((found[:, 1:] < 0).all())

@@ -75,3 +75,43 @@ def test_measured_reward_is_the_weighted_sum():
     )
     columns = {"prompt": ["p", "q"], "answer": ["one", "two"]}
     assert total_reward(["one", "six"], columns, rewards) == pytest.approx(0.5 - 0.25)
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("raise KeyError('x')", r"KeyError: .*rewards.py:2\); mend"),
+        ("return ['a']", "got 'a' for a completion, allowed is a number or None; mend"),
+        ("return None", "TypeError: 'NoneType' object is not iterable"),
+    ],
+    ids=["raises", "text", "nothing"],
+)
+def test_a_users_function_fails_in_one_line(tmp_path, body, wrong):
+    path = tmp_path / "rewards.py"
+    path.write_text(f"def mine(completions, **columns):\n    {body}\n")
+    name = f"{path}:mine"
+    ((function, _),) = reward_functions([RewardSpec(name=name)], None)
+    assert function.__name__ == "mine"
+    with pytest.raises(UserError, match=f"^task.rewards: {name}: {wrong}") as caught:
+        function(completions=["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_whole_completion_fits_a_pattern():
+    assert builtin.pattern_match("ab", "ab") == 1.0
+    assert builtin.pattern_match("abc", "ab") == builtin.pattern_match("cab", "ab") == 0.0
+
+
+def test_of_a_long_conversation_the_end_is_kept():
+    from sft.evaluation.rewarded import encode_prompts
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"]
+
+        def __call__(self, text, **_):
+            return {"input_ids": [int(c) for c in text]}
+
+    rows = [{"prompt": [{"role": "user", "content": "12345"}]}]
+    (found,) = encode_prompts(rows, Tokenizer(), 2)
+    assert found.prompt == [4, 5]

@@ -51,3 +51,24 @@ def test_streamed_rows_need_names():
 
 def test_the_first_token_of_a_word_has_its_tag():
     assert first_tokens([None, 0, 0, 1, None], [3, 4]) == [-100, 3, -100, 4, -100]
+
+
+@pytest.mark.parametrize("label", [1, "1", 2, 0, True, -1], ids=str)
+def test_training_and_evaluation_number_classes_alike(label):
+    from transformers import LlamaConfig
+
+    from sft.evaluation.classification import class_of
+
+    names = ["-1", "1", "0", "2"]  # out of order: a name is not its number
+    config = LlamaConfig(num_labels=4)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    found = class_number(label, names)
+    assert type(found) is int and found == class_of(label, config)
+    assert label is True or names[found] == str(label)
+
+
+def test_one_class_is_nothing_to_learn():
+    with pytest.raises(UserError, match=r"^data.train: label: got one class alone \(a\)"):
+        label_names(rows(["a", "a"]), "label", None)
+    assert label_names(rows(["a", "a"]), "label", ["a", "b"]) == ["a", "b"]
