@@ -97,6 +97,13 @@ def evaluated(examples: Examples, arguments: Any) -> Any | None:
     return None if arguments.eval_strategy == "no" else examples.held_out
 
 
+def mapped(rows: Any | None, encode: Any, **given: Any) -> Any | None:
+    """Return what `encode` makes of each row, in place of its columns; None stays None."""
+    if rows is None:
+        return None
+    return rows.map(encode, fn_kwargs=given, remove_columns=rows.column_names)
+
+
 def new_heads(model: Any) -> list[str]:
     """Return the modules between a backbone and the output."""
     return [

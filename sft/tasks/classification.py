@@ -5,29 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from sft.data.load import Examples
 from sft.evaluation import labels, values
 from sft.evaluation.classification import batches, measure
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_model
 from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, HeadTask, evaluated
-from sft.tasks.labels import class_number, label_names, with_labels
-from sft.tasks.task import TaskOptions
+from sft.tasks.base import PROBED, evaluated, mapped
+from sft.tasks.labelled import LabelledTask
+from sft.tasks.labels import class_number
 
 
-class LabelOptions(TaskOptions):
-    """Which classes there are, and how much of a text is read."""
-
-    labels: list[str] | None = Field(
-        default=None, description="names of the classes, in order; default: as the data has them"
-    )
-    max_length: int = Field(default=512, gt=0, description="tokens kept of a text")
-
-
-class Classification(HeadTask):
+class Classification(LabelledTask):
     """Sequence classification, or regression where the labels are real numbers."""
 
     name: ClassVar[str] = "classification"
@@ -37,18 +25,10 @@ class Classification(HeadTask):
     formats: ClassVar[tuple[str, ...]] = ("classification",)
     metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, *values.NAMES)
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mse", "pearson")
-    options_class: ClassVar[type[TaskOptions]] = LabelOptions
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with an output for each class of the data."""
-        names = label_names(examples.train, "label", self.options.labels)
-        model = load_model(
-            spec,
-            device=device,
-            kind=self.kind(),
-            config=with_labels(spec, names),
-            missing=self.missing,
-        )
+        model = super().load_model(spec, examples, device)
         if model.config.get_text_config().pad_token_id is None:  # tells where a text ends
             model.config.get_text_config().pad_token_id = self.load_processor(spec).pad_token_id
         return model
@@ -57,7 +37,7 @@ class Classification(HeadTask):
         """Tokenise the texts, and number the classes."""
         from transformers import DataCollatorWithPadding
 
-        names = label_names(examples.train, "label", self.options.labels)
+        names = self.names(examples)
 
         def encode(row: dict[str, Any]) -> dict[str, Any]:
             found = dict(
@@ -69,12 +49,9 @@ class Classification(HeadTask):
             label = row["label"]
             return found | {"labels": float(label) if names is None else class_number(label, names)}
 
-        def encoded(rows: Any) -> Any:
-            return None if rows is None else rows.map(encode, remove_columns=rows.column_names)
-
         return {
-            "train_dataset": encoded(examples.train),
-            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "train_dataset": mapped(examples.train, encode),
+            "eval_dataset": mapped(evaluated(examples, arguments), encode),
             "processing_class": processor,
             "data_collator": DataCollatorWithPadding(processor),
         }

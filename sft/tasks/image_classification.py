@@ -5,28 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from sft.data.load import Examples
 from sft.evaluation import labels
 from sft.evaluation.classification import batches, measure
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_image_processor, load_model
+from sft.models import load_image_processor
 from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, HeadTask, evaluated
-from sft.tasks.labels import class_number, label_names, with_labels
+from sft.tasks.base import PROBED, evaluated
+from sft.tasks.labelled import LabelledTask, LabelOptions
+from sft.tasks.labels import class_number
 from sft.tasks.task import TaskOptions
 
 
-class ImageOptions(TaskOptions):
-    """Which classes there are."""
-
-    labels: list[str] | None = Field(
-        default=None, description="names of the classes, in order; default: as the data has them"
-    )
-
-
-class ImageClassification(HeadTask):
+class ImageClassification(LabelledTask):
     """Image classification; images are made pixels of batch by batch."""
 
     name: ClassVar[str] = "image-classification"
@@ -36,28 +27,17 @@ class ImageClassification(HeadTask):
     formats: ClassVar[tuple[str, ...]] = ("image_classification",)
     metrics: ClassVar[tuple[str, ...]] = labels.NAMES
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
-    options_class: ClassVar[type[TaskOptions]] = ImageOptions
+    options_class: ClassVar[type[TaskOptions]] = LabelOptions
 
     def load_processor(self, spec: ModelSpec) -> Any:
         """Load the image processor."""
         return load_image_processor(spec)
 
-    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
-        """Load an image classifier with an output for each class of the data."""
-        names = label_names(examples.train, "label", self.options.labels)
-        return load_model(
-            spec,
-            device=device,
-            kind=self.kind(),
-            config=with_labels(spec, names),
-            missing=self.missing,
-        )
-
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Hand over images, which the collator makes pixels of."""
         import torch
 
-        names = label_names(examples.train, "label", self.options.labels) or []
+        names = self.names(examples) or []
         arguments.remove_unused_columns = False  # the collator reads `image`
         arguments.include_num_input_tokens_seen = "no"  # pixels are not tokens
 

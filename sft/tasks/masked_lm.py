@@ -14,7 +14,7 @@ from sft.evaluation.metrics import evaluating
 from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, TrainerTask, evaluated
+from sft.tasks.base import PROBED, TrainerTask, evaluated, mapped
 from sft.tasks.task import TaskOptions
 
 MASKS = 0  # seed of the masks that are measured: the same before and after
@@ -45,16 +45,10 @@ class MaskedLanguage(TrainerTask):
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise the texts; each time one is read, other tokens are taken out."""
-
-        def encoded(rows: Any) -> Any:
-            if rows is None:
-                return None
-            given = {"processor": processor}
-            return rows.map(self._encode, fn_kwargs=given, remove_columns=rows.column_names)
-
+        evaluates = evaluated(examples, arguments)
         return {
-            "train_dataset": encoded(examples.train),
-            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "train_dataset": mapped(examples.train, self._encode, processor=processor),
+            "eval_dataset": mapped(evaluates, self._encode, processor=processor),
             "processing_class": processor,
             "data_collator": self._collator(processor, seed=None),
         }

@@ -12,7 +12,7 @@ from sft.evaluation import seq2seq
 from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, TaskBase, evaluated
+from sft.tasks.base import PROBED, TaskBase, evaluated, mapped
 from sft.tasks.task import TaskOptions
 
 
@@ -55,18 +55,11 @@ class SequenceToSequence(TaskBase):
         """Tokenise both texts; a batch pads them apart."""
         from transformers import DataCollatorForSeq2Seq
 
-        def encoded(rows: Any) -> Any:
-            if rows is None:
-                return None
-            return rows.map(
-                seq2seq.encode,
-                fn_kwargs={"tokenizer": processor, **self._lengths()},
-                remove_columns=rows.column_names,
-            )
-
+        given = {"tokenizer": processor, **self._lengths()}
+        evaluates = evaluated(examples, arguments)
         return {
-            "train_dataset": encoded(examples.train),
-            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "train_dataset": mapped(examples.train, seq2seq.encode, **given),
+            "eval_dataset": mapped(evaluates, seq2seq.encode, **given),
             "processing_class": processor,
             "data_collator": DataCollatorForSeq2Seq(processor),
         }

@@ -9,15 +9,12 @@ from sft.data.load import Examples
 from sft.evaluation import token_classification as tagging
 from sft.evaluation.batches import IGNORED
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_model
-from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, HeadTask, evaluated
-from sft.tasks.classification import LabelOptions
-from sft.tasks.labels import class_number, label_names, with_labels
-from sft.tasks.task import TaskOptions
+from sft.tasks.base import PROBED, evaluated, mapped
+from sft.tasks.labelled import LabelledTask
+from sft.tasks.labels import class_number
 
 
-class TokenClassification(HeadTask):
+class TokenClassification(LabelledTask):
     """Tagging of words, such as the recognition of names; a word's first token has its tag."""
 
     name: ClassVar[str] = "token-classification"
@@ -27,24 +24,13 @@ class TokenClassification(HeadTask):
     formats: ClassVar[tuple[str, ...]] = ("token_classification",)
     metrics: ClassVar[tuple[str, ...]] = tagging.NAMES
     measured: ClassVar[tuple[str, ...]] = ("token_accuracy", "entity_f1")
-    options_class: ClassVar[type[TaskOptions]] = LabelOptions
-
-    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
-        """Load a token classifier with an output for each tag of the data."""
-        names = label_names(examples.train, "tags", self.options.labels)
-        return load_model(
-            spec,
-            device=device,
-            kind=self.kind(),
-            config=with_labels(spec, names),
-            missing=self.missing,
-        )
+    column: ClassVar[str] = "tags"
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise the words, and give the first token of each the number of its tag."""
         from transformers import DataCollatorForTokenClassification
 
-        names = label_names(examples.train, "tags", self.options.labels) or []
+        names = self.names(examples) or []
 
         def encode(row: dict[str, Any]) -> dict[str, Any]:
             found = processor(
@@ -54,12 +40,9 @@ class TokenClassification(HeadTask):
             tags = [class_number(tag, names) for tag in row["tags"]]
             return dict(found) | {"labels": first_tokens(found.word_ids(), tags)}
 
-        def encoded(rows: Any) -> Any:
-            return None if rows is None else rows.map(encode, remove_columns=rows.column_names)
-
         return {
-            "train_dataset": encoded(examples.train),
-            "eval_dataset": encoded(evaluated(examples, arguments)),
+            "train_dataset": mapped(examples.train, encode),
+            "eval_dataset": mapped(evaluated(examples, arguments), encode),
             "processing_class": processor,
             "data_collator": DataCollatorForTokenClassification(processor),
         }

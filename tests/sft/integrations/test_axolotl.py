@@ -115,4 +115,5 @@ def test_the_block_passes_axolotls_validation(plugin):
 
 def test_the_module_is_imported_without_axolotl():
     code = "import sys; sys.modules['axolotl'] = None; import sft.integrations.axolotl"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
+    assert done.returncode == 0
