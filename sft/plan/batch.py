@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sft.errors import UserError
 from sft.recipe.arguments import build_arguments
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # rows whose text is longest are encoded, so many for each row of a batch
 ENCODED = 16
 DEFAULT_LENGTH = 1024
+Reference = Literal["none", "itself", "copy"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Batch:
         labels: how many there are in all.
         source: where these numbers are from, in words.
         sequences: of each row: of a preference there are two.
+        reference: what else reads them, without a graph: nothing, the model itself with its
+            adapter off, or a copy of it as it was.
     """
 
     rows: int
@@ -37,6 +40,7 @@ class Batch:
     labels: int
     source: str
     sequences: int = 1
+    reference: Reference = "none"
 
     @property
     def tokens(self) -> int:
@@ -61,11 +65,16 @@ def batch_of(recipe: Recipe, length: int | None = None) -> Batch:
     if written:  # what the model writes to a prompt
         labels = found.rows * written
         found = replace(found, length=found.length + written, labels=labels)
-    copied = recipe.task["name"] == "dpo" and recipe.method["name"] == "full"
-    if copied and not recipe.training.get("precompute_ref_log_probs"):
-        text = f"{found.source}; the second model that full needs as a reference is not counted"
-        found = replace(found, source=text)
-    return replace(found, sequences=task.sequences, labels=found.labels * task.sequences)
+    labels = found.labels * task.sequences
+    return replace(found, sequences=task.sequences, labels=labels, reference=_reference(recipe))
+
+
+def _reference(recipe: Recipe) -> Reference:
+    task, arguments = recipe.task["name"], build_arguments(recipe)
+    compared = task == "dpo" or (task == "grpo" and getattr(arguments, "beta", 0.0) > 0)
+    if not compared or getattr(arguments, "precompute_ref_log_probs", False):
+        return "none"
+    return "copy" if recipe.method["name"] == "full" else "itself"
 
 
 def _of_rows(recipe: Recipe, task: Task, length: int | None) -> Batch:

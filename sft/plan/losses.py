@@ -23,7 +23,11 @@ def planned_loss(model: Any, batch: Batch, half: torch.dtype | None = None) -> T
         half: what autocast computes in, None without.
     """
     if predicts_tokens(model):
-        return planned_nll(model, batch, half)
+        loss = planned_nll(model, batch, half)
+        if batch.reference != "none":  # read while the graph of the first is alive, as TRL does
+            with torch.no_grad():
+                planned_nll(model, batch, half)
+        return loss
     with _autocast(half):
         logits = model(**inputs_of(model, batch)).logits
     rows = logits.float().flatten(0, -2)

@@ -106,6 +106,9 @@ def noting(model: nn.Module, run: Run) -> Iterator[Ledger]:
         for name, parameter in model.named_parameters():
             if name in run.packed:
                 ledger.pack(parameter, run.packed[name], run.unpacked * parameter.numel())
+        copied = model.parameters() if run.batch.reference == "copy" else ()
+        reference = [torch.empty_like(parameter) for parameter in copied]
+        ledger.mark(WEIGHTS, reference)
         model.train()
         if not run.aside:
             enter_resident(model)
@@ -126,7 +129,8 @@ def _prepare(model: nn.Module, optimizer: Any) -> None:
 def name_held(ledger: Ledger, model: nn.Module, states: Sequence[Tensor]) -> None:
     """Say what everything that lives between steps is for."""
     for piece in ledger.alive():
-        piece.kind = ORIGINALS if piece.floating else INDICES
+        if piece.kind != WEIGHTS:
+            piece.kind = ORIGINALS if piece.floating else INDICES
     ledger.mark(WEIGHTS, [b for b in model.buffers() if b.is_floating_point()])
     ledger.mark(WEIGHTS, [p for p in model.parameters() if not p.requires_grad])
     ledger.mark(TRAINED, _trained(model))

@@ -31,7 +31,7 @@ def config_of(kind):
 
 @pytest.fixture
 def planned(tmp_path):
-    def make(kind, task, method="spiel", **training):
+    def make(kind, task, method="spiel", device=DEVICE, **training):
         config = config_of(kind)
         config.save_pretrained(tmp_path / kind)
         settings = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 4}
@@ -45,7 +45,7 @@ def planned(tmp_path):
         path.write_text(yaml.safe_dump(content))
         recipe = load_recipe(path)
         batch = batch_of(recipe, 16)
-        return plan(recipe, batch, DEVICE, Placement()), batch
+        return plan(recipe, batch, device, Placement()), batch
 
     return make
 
@@ -78,3 +78,31 @@ def test_a_policy_reads_what_it_writes(planned):
     task = {"name": "grpo", "rewards": [{"name": "length", "target": 4}]}
     _, batch = planned("llama", task, num_generations=2, max_completion_length=8)
     assert (batch.length, batch.labels) == (16 + 8, 4 * 8)
+
+
+def test_a_reference_costs_a_forward_pass_or_a_second_model(planned):
+    """TRL reads the reference while the policy's graph is alive; `full` needs a second model."""
+    known = {"precompute_ref_log_probs": True}
+    for method, copies in (("spiel", 0), ("full", 1)):
+        with_it, batch = planned("llama", "dpo", method)
+        without, other = planned("llama", "dpo", method, **known)
+        assert (batch.reference, other.reference) == (("itself", "copy")[copies], "none")
+        more = with_it.device_bytes["weights"] - without.device_bytes.get("weights", 0)
+        assert more == copies * 4 * with_it.total
+        assert with_it.activations == without.activations
+
+
+def test_a_reference_takes_time(planned):
+    seconds = {}
+    for known in (True, False):
+        counting = Device("flops", 2**40, "cpu", single=1.0, bandwidth=1e30)
+        found, _ = planned("llama", "dpo", device=counting, precompute_ref_log_probs=known)
+        seconds[known] = found.seconds
+    assert 1.2 * seconds[True] < seconds[False] < 1.5 * seconds[True]  # 6 products for 4
+
+
+@pytest.mark.parametrize(("beta", "reference"), [(0.0, "none"), (0.1, "itself")])
+def test_a_policy_held_to_its_start_has_a_reference(planned, beta, reference):
+    task = {"name": "grpo", "rewards": [{"name": "length", "target": 4}]}
+    _, batch = planned("llama", task, beta=beta, num_generations=2, max_completion_length=8)
+    assert batch.reference == reference
