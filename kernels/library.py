@@ -65,14 +65,6 @@ def define(
     return OPS[name]
 
 
-def differentiate(
-    op: torch._ops.OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
-    """Give an op a backward; arguments as `torch.library.register_autograd` takes them."""
-    name = f"sft::{op._opname}"
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
-
-
 def implementation(device: torch.device) -> str:
     """Return "torch" or "triton": what runs on this device by the variable SFT_KERNELS.
 

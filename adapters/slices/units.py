@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 CONSUMERS = ("o", "down")
 PRODUCERS = ("q", "k", "v", "gate", "up")
-ATTENTION = ("q", "k", "v", "o")
 LOOSE = "any"  # input features of a module that belongs to no known structure
 ROLES = (*PRODUCERS, *CONSUMERS, LOOSE)
 ATTENTION_UNITS = ("heads", "channels", "vo_channels")

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from sft.adapters.geometry import Kind, layer_kind
 from sft.errors import UserError
 from sft.export.low_rank import Approximation, Factors
-from sft.export.merged import Batches, check_equal, logits_of
 from sft.whole import written_whole
 
 ERROR_FILE = "lora_error.json"
@@ -105,32 +104,6 @@ def lora_bound(model: Any, logits: Sequence[torch.Tensor], dtype: torch.dtype | 
     """Return how far a LoRA may move the logits: half the digits of the coarsest type involved."""
     eps = max(torch.finfo(kind).eps for kind in (model.dtype, dtype) if kind is not None)
     return float(eps**0.5 * max(float(batch.abs().max()) for batch in logits))
-
-
-def verify_lora(
-    folder: Path, base: Any, batches: Batches, expected: Sequence[torch.Tensor], *, bound: float
-) -> float:
-    """Load a LoRA folder with stock PEFT over its base and compare logits.
-
-    Args:
-        folder: What `export_lora` wrote.
-        base: The bare base model; it carries the LoRA afterwards.
-        batches: Inputs of the comparison.
-        expected: Logits of the trained model on them.
-        bound: Largest difference allowed.
-
-    Returns:
-        The largest absolute difference found.
-
-    Raises:
-        UserError: When the difference exceeds the bound.
-    """
-    from peft import PeftModel
-
-    loaded = PeftModel.from_pretrained(base, str(folder))
-    return check_equal(
-        logits_of(loaded, batches), expected, bound=bound, what="the LoRA, loaded by stock PEFT,"
-    )
 
 
 def check_errors(model: Any, loaded: Any, errors: dict[str, float], eps: float) -> None:

@@ -97,11 +97,6 @@ def device_of(text: str | None) -> Device:
     )
 
 
-def device_names() -> list[str]:
-    """Return the names of the table."""
-    return list(_TABLE)
-
-
 def this_machine() -> Device:
     """Return the device that a run would take here: its first GPU, or the CPU as it is measured."""
     if torch.cuda.is_available():

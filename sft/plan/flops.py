@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -39,10 +38,6 @@ def _tiled(left: Tensor, right: Tensor, *_: Any) -> int:
 
 def _sparse(x: Tensor, values: Tensor, *_: Any) -> int:
     return 2 * x.shape[0] * values.numel()
-
-
-def _outer(a: Tensor, b: Tensor, *_: Any) -> int:
-    return 2 * prod(a.shape) * b.shape[-1]
 
 
 _OWN: dict[str, Callable[..., int]] = {

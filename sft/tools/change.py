@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,7 +134,8 @@ def _trained(layer: Any, adapter: str) -> int:
     """Count an adapter's trained values in a layer."""
     held: list[Any] = [getattr(layer, part, {}) for part in layer.adapter_layer_names]
     found = [part[adapter] for part in held if adapter in part]
-    tensors: Callable[[Any], list[Tensor]] = lambda part: (  # noqa: E731
-        [part] if isinstance(part, Tensor) else list(part.parameters())
+    return sum(
+        tensor.numel()
+        for part in found
+        for tensor in ([part] if isinstance(part, Tensor) else part.parameters())
     )
-    return sum(tensor.numel() for part in found for tensor in tensors(part))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sft.adapters.select import seeded
 from sft.errors import UserError
@@ -123,8 +122,7 @@ def _one(name: str, found: Sequence[Change | None], request: Request) -> Change:
     values, where = combine(aligned, request, seeded(request.seed, "compose", name))
     if aligned.positions is None and bool(where.all()):
         return Change(shape, values, None, len(values))
-    support: Callable[[], Tensor] = lambda: torch.arange(len(values))  # noqa: E731
-    positions = support() if aligned.positions is None else aligned.positions
+    positions = torch.arange(len(values)) if aligned.positions is None else aligned.positions
     kept = values[where]
     return Change(shape, kept, positions[where], len(kept))
 

@@ -118,7 +118,10 @@ def test_fact20_one_matrix_serves_all_layers(make_pattern, make_site) -> None:
 
 def test_threads_share_no_workspace() -> None:
     like, taken = torch.zeros(1), []
-    take = lambda: taken.append(_workspace.take((4, 4), like))  # noqa: E731
+
+    def take() -> None:
+        taken.append(_workspace.take((4, 4), like))
+
     take()
     thread = threading.Thread(target=take)
     thread.start()

@@ -74,7 +74,9 @@ def test_the_host_waits_for_nothing(build: Build, monkeypatch: pytest.MonkeyPatc
         assert str(device) == "cpu", "made on the host, sent by a copy that waits"
         return make(*args, device=device, **options)
 
-    nothing = lambda kernel, grid: lambda *args, **options: None  # noqa: E731
+    def nothing(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: None
+
     monkeypatch.setattr(KernelInterface, "__getitem__", nothing)
     monkeypatch.setattr(library, "TRITON_DEVICES", {"cuda", "cpu", "meta"})
     for device in ("cpu", "meta"):

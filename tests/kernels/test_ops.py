@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sft.kernels import library
 from sft.kernels.library import OPS, define, implementation, launcher
@@ -114,8 +115,12 @@ def test_the_chosen_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None
         triton="probe:probe",
         fake=lambda values, scale: torch.empty_like(values[0]),
     )
+
+    def triton(values: list[Tensor], scale: float) -> Tensor:
+        called.append("triton")
+        return values[0] * scale
+
     try:
-        triton = lambda values, scale: called.append("triton") or values[0] * scale  # noqa: E731
         monkeypatch.setattr(library, "launcher", lambda where: triton)
         monkeypatch.setattr(library, "_installed", lambda: True)
         op([torch.ones(2)], 2.0)

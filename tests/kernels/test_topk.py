@@ -48,7 +48,10 @@ def test_infinite_scores_win() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_a_stream_equals_the_whole(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
     scores = torch.randint(1 + draw(8), (1 + draw(60),), generator=generator).float()
     stream, start = StreamingTopK(draw(20)), 0
     while start < scores.numel():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -40,10 +42,19 @@ def tensors(indices, values, candidates, scores):
     )
 
 
+def drawing(generator: torch.Generator) -> Callable[[int, int], int]:
+    """Draw whole numbers from `low` to below `high`."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    return draw
+
+
 @pytest.mark.parametrize("seed", range(300))
 def test_fact03_fact04_fact10_equals_the_oracle(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    draw = drawing(generator)
     numel = draw(2, 40)
     k, c = draw(1, numel + 1), draw(0, numel + 1)
     indices = torch.randperm(numel, generator=generator)[:k].sort().values.tolist()
@@ -124,7 +135,7 @@ def grow_by_product(indices, values, row, col, n, seed=0):
 @pytest.mark.parametrize("seed", range(200))
 def test_fact19_equals_the_oracle(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))  # noqa: E731
+    draw = drawing(generator)
     rows, cols = draw(1, 7), draw(1, 7)
     numel = rows * cols
     k = draw(1, numel + 1)
