@@ -10,6 +10,7 @@ import torch
 
 from sft.errors import UserError
 from sft.export.loaded import (
+    cast_of,
     check_request,
     load_processor,
     load_trained,
@@ -67,8 +68,9 @@ def export_adapter(
     Returns:
         The largest |logit difference| between the reloaded model and the trained one, if compared.
     """
-    check_request(adapter, base, to, dtype, overwrite)
-    spec, cast = spec_of(adapter, base), None if dtype == "auto" else getattr(torch, dtype)
+    cast = cast_of(dtype)
+    check_request(adapter, base, to, overwrite)
+    spec = spec_of(adapter, base)
     processor = load_processor(adapter, spec)
     if spec.quantization is None:
         if quantized is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sft.export.loaded import (
     TENSORS,
+    cast_of,
     check_request,
     load_processor,
     load_trained,
@@ -44,8 +45,8 @@ def export_copy(
     Returns:
         Bytes of the tensors before and after, and the largest |logit difference|, if compared.
     """
-    check_request(adapter, base, to, dtype, overwrite)
-    cast = None if dtype == "auto" else getattr(torch, dtype)
+    cast = cast_of(dtype)
+    check_request(adapter, base, to, overwrite)
     tensors = repacked(adapter, base, cast)
     difference = None
     with written_whole(to) as temporary:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sft.errors import UserError
-from sft.export.loaded import DTYPES
+from sft.export.loaded import DTYPES, cast_of
 from sft.export.merged import export_checked
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
@@ -124,8 +124,7 @@ def export_delta(
     Returns:
         The largest |logit difference| between the reloaded model and the one in memory.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
+    cast = cast_of(dtype)
     content, _ = _read(folder)
     name = base or content["model"]
     if not name:
@@ -136,7 +135,6 @@ def export_delta(
     spec = ModelSpec(name=name, revision=revision, dtype=known)
     model = load_model(spec, "--base")
     apply_delta(model, folder)
-    cast = None if dtype == "auto" else getattr(torch, dtype)
     return export_checked(model, load_tokenizer(spec, "--base"), to, cast)
 
 

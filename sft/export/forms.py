@@ -14,9 +14,9 @@ from sft.export.card import Facts, read_run, write_card
 from sft.export.converted import export_copy
 from sft.export.delta import export_delta
 from sft.export.gguf_model import export_gguf
-from sft.export.loaded import DTYPES, SETTINGS, save_beside
+from sft.export.loaded import SETTINGS, cast_of, save_beside
 from sft.export.low_rank import ERROR, RANK, Approximation
-from sft.export.merged import check_equal, logits_of
+from sft.export.merged import check_equal, logits_of, merge
 from sft.export.patched import export_patch
 from sft.export.reloaded import probe_for, reload
 from sft.export.shards import SHARD, write_shards
@@ -72,8 +72,7 @@ def export(folder: Path, form: str, request: Request, say: Say = print) -> str:
     """
     if form not in FORMS:
         raise UserError(f"--to: got {form!r}; expected one of {', '.join(FORMS)}")
-    if request.dtype not in DTYPES:
-        raise UserError(f"--dtype: got {request.dtype!r}; expected one of {', '.join(DTYPES)}")
+    cast_of(request.dtype)  # refused before anything is read
     if not is_size(request.max_shard_size):
         raise UserError(
             f"--max-shard-size: got {request.max_shard_size!r}; expected one such as 5GB"
@@ -107,9 +106,7 @@ def _merged(source: Source, request: Request, say: Say) -> str:
 
 def _rewritten(source: Source, request: Request, say: Say) -> float | None:
     """Write a patched or a whole model, in other files or another type."""
-    import torch
-
-    dtype = None if request.dtype == "auto" else getattr(torch, request.dtype)
+    dtype = cast_of(request.dtype)
     with source.opened(say=say) as (weights, load), written_whole(request.to) as temporary:
         write_shards(weights, temporary, dtype=dtype, max_shard_size=request.max_shard_size)
         processor = source.processor()
@@ -117,8 +114,6 @@ def _rewritten(source: Source, request: Request, say: Say) -> float | None:
         save_beside(temporary, processor, kept, None)
         if not request.verify:
             return None
-        from sft.export.merged import merge
-
         model = merge(load(), dtype)
         batches = [probe_for(model, processor)]
         expected = logits_of(model, batches)

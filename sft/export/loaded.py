@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sft.errors import UserError, one_line
 from sft.models import load_model, load_tokenizer, locate
 from sft.quantization import as_trained
@@ -15,10 +17,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def check_request(adapter: Path, base: str | None, to: Path, dtype: str, overwrite: bool) -> None:
-    """Raise UserError unless an adapter is there, and the folder may be written."""
+def cast_of(dtype: str) -> torch.dtype | None:
+    """Return the type that weights are written in; None, of "auto", keeps theirs.
+
+    Raises:
+        UserError: it is none of DTYPES.
+    """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+def check_request(adapter: Path, base: str | None, to: Path, overwrite: bool) -> None:
+    """Raise UserError unless an adapter is there, and the folder may be written."""
     if not (adapter / SETTINGS).is_file():
         raise UserError(f"{adapter}: no {SETTINGS} in it; give the folder of an adapter")
     if not (adapter / TENSORS).is_file():

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from sft.adapters.geometry import Kind, layer_kind
 from sft.errors import UserError
 from sft.export.low_rank import Approximation, Factors
+from sft.export.merged import half_the_digits
 from sft.whole import written_whole
 
 ERROR_FILE = "lora_error.json"
@@ -102,8 +103,7 @@ def read_errors(folder: Path) -> dict[str, float]:
 
 def lora_bound(model: Any, logits: Sequence[torch.Tensor], dtype: torch.dtype | None) -> float:
     """Return how far a LoRA may move the logits: half the digits of the coarsest type involved."""
-    eps = max(torch.finfo(kind).eps for kind in (model.dtype, dtype) if kind is not None)
-    return float(eps**0.5 * max(float(batch.abs().max()) for batch in logits))
+    return max(half_the_digits(kind, logits) for kind in (model.dtype, dtype) if kind is not None)
 
 
 def check_errors(model: Any, loaded: Any, errors: dict[str, float], eps: float) -> None:

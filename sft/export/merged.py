@@ -161,7 +161,12 @@ def merging_bound(model: Any, logits: Sequence[torch.Tensor]) -> float:
     if not stock and all(layer.merges_exactly(n) for layer in layers for n in layer.trained_values):
         scalar = logits[0].shape[-1] == 1
         return float(8 * torch.finfo(model.dtype).eps * _largest(logits)) if scalar else 0.0
-    return float(torch.finfo(model.dtype).eps ** 0.5 * _largest(logits))
+    return half_the_digits(model.dtype, logits)
+
+
+def half_the_digits(dtype: torch.dtype, logits: Sequence[torch.Tensor]) -> float:
+    """Return what half the digits of a type are worth, at the largest of some logits."""
+    return float(torch.finfo(dtype).eps ** 0.5 * _largest(logits))
 
 
 def _largest(logits: Sequence[torch.Tensor]) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from sft.errors import UserError, one_line
 from sft.export.delta import save_delta
-from sft.export.loaded import DTYPES
+from sft.export.loaded import DTYPES, cast_of
 from sft.export.merged import export_checked
 from sft.models import load_model, load_tokenizer
 from sft.optim.zeroth_order.log import ZerothOrderLog
@@ -91,8 +91,7 @@ def replay(
 def _check_request(log: ZerothOrderLog, path: Path, *, form: str, dtype: str, device: str) -> None:
     if form not in FORMATS:
         raise UserError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype: got {dtype!r}; expected one of {', '.join(DTYPES)}")
+    cast_of(dtype)
     if dtype != "auto" and form != "merged":
         raise UserError(f"--dtype: is of merged weights; leave it out with --format {form}")
     try:
@@ -163,8 +162,7 @@ def _proof(model: nn.Module, log: ZerothOrderLog, count: int) -> bool | None:
 
 
 def _write_merged(model: Any, tokenizer: Any, to: Path, dtype: str) -> str:
-    cast = None if dtype == "auto" else getattr(torch, dtype)
-    difference = export_checked(model.to("cpu"), tokenizer, to, cast)
+    difference = export_checked(model.to("cpu"), tokenizer, to, cast_of(dtype))
     return f"reloaded, max |logit difference| {difference:g}"
 
 

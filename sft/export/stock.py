@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sft.export.loaded import check_request, load_processor, load_trained, shapes_of, spec_of
+from sft.export.loaded import (
+    cast_of,
+    check_request,
+    load_processor,
+    load_trained,
+    shapes_of,
+    spec_of,
+)
 from sft.export.lora import (
     LoraExport,
     check_errors,
@@ -48,21 +56,15 @@ def export_adapter_as_lora(
     Returns:
         What was written, and the largest |logit difference| from the trained model, if compared.
     """
-    check_request(adapter, base, to, dtype, overwrite)
-    cast = None if dtype == "auto" else getattr(torch, dtype)
+    cast = cast_of(dtype)
+    check_request(adapter, base, to, overwrite)
     shapes = shapes_of(adapter, base).model
-    found: list[float] = []
-
-    def check(path: Path) -> None:
-        _save_processor(path, adapter, base)
-        if verify:
-            found.append(_compared(path, adapter, base, cast, shapes))
-
+    proof = _Proof(adapter, base, cast, shapes, verify)
     written = export_lora(
         shapes, to, uniform_rank=uniform_rank, dtype=cast, approximation=approximation,
-        check=check,
+        check=proof,
     )  # fmt: skip
-    return written, found[0] if found else None
+    return written, proof.difference
 
 
 def export_adapter_as_shira(
@@ -87,45 +89,53 @@ def export_adapter_as_shira(
     Returns:
         The number of weights by module, and the largest |logit difference|, if compared.
     """
-    check_request(adapter, base, to, dtype, overwrite)
-    cast = None if dtype == "auto" else getattr(torch, dtype)
-    found: list[float] = []
-
-    def check(path: Path) -> None:
-        _save_processor(path, adapter, base)
-        if verify:
-            found.append(_compared(path, adapter, base, cast))
-
-    counts = export_shira(shapes_of(adapter, base).model, to, dtype=cast, check=check)
-    return counts, found[0] if found else None
+    cast = cast_of(dtype)
+    check_request(adapter, base, to, overwrite)
+    shapes = shapes_of(adapter, base).model
+    proof = _Proof(adapter, base, cast, shapes, verify)
+    counts = export_shira(shapes, to, dtype=cast, check=proof)
+    return counts, proof.difference
 
 
-def _compared(
-    folder: Path,
-    adapter: Path,
-    base: str | None,
-    dtype: torch.dtype | None,
-    shapes: Any = None,
-) -> float:
-    """Load a stock adapter over the base, and compare it with ours."""
-    from peft import PeftModel
+@dataclass
+class _Proof:
+    """Puts the processor beside a stock adapter and compares that, before it takes its name.
 
-    errors = read_errors(folder)
+    Args:
+        adapter: what was trained.
+        base: another name of its base.
+        dtype: of the stock adapter's tensors; None is float32.
+        shapes: model with the adapter, without weights.
+        verify: compare.
+        difference: the largest of the logits, once they are compared.
+    """
 
-    model = load_trained(adapter, base)
-    batches = [probe_for(model, load_processor(adapter, spec_of(adapter, base)))]
-    expected = trained_logits(model, batches)
-    bound = math.inf if errors else lora_bound(model, expected, dtype)
-    loaded = PeftModel.from_pretrained(model.unload(), str(folder))
-    if errors:
-        eps = torch.finfo(dtype or torch.float32).eps
-        check_errors(shapes, loaded, errors, eps)
-    kind = loaded.peft_config["default"].peft_type.value
-    what = f"the {kind}, loaded by stock PEFT,"
-    return check_equal(logits_of(loaded, batches), expected, bound=bound, what=what)
+    adapter: Path
+    base: str | None
+    dtype: torch.dtype | None
+    shapes: Any
+    verify: bool
+    difference: float | None = None
 
+    def __call__(self, folder: Path) -> None:
+        processor = load_processor(self.adapter, spec_of(self.adapter, self.base))
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if self.verify:
+            self.difference = self._compared(folder, processor)
 
-def _save_processor(folder: Path, adapter: Path, base: str | None) -> None:
-    processor = load_processor(adapter, spec_of(adapter, base))
-    if processor is not None:
-        processor.save_pretrained(folder)
+    def _compared(self, folder: Path, processor: Any) -> float:
+        from peft import PeftModel
+
+        errors = read_errors(folder)
+        model = load_trained(self.adapter, self.base)
+        batches = [probe_for(model, processor)]
+        expected = trained_logits(model, batches)
+        bound = math.inf if errors else lora_bound(model, expected, self.dtype)
+        loaded = PeftModel.from_pretrained(model.unload(), str(folder))
+        if errors:
+            eps = torch.finfo(self.dtype or torch.float32).eps
+            check_errors(self.shapes, loaded, errors, eps)
+        kind = loaded.peft_config["default"].peft_type.value
+        what = f"the {kind}, loaded by stock PEFT,"
+        return check_equal(logits_of(loaded, batches), expected, bound=bound, what=what)

@@ -10,6 +10,7 @@ import torch
 
 from sft.errors import UserError
 from sft.export.card import Facts, read_run, write_card
+from sft.export.loaded import cast_of
 from sft.export.merged import export_merged, logits_of, merge, merging_bound, verify_merged
 from sft.export.quantized import export_quantized
 from sft.quantization import is_quantized, write_record
@@ -40,7 +41,7 @@ def export(job: Job) -> float | None:
     if not job.recipe.export.merged:
         return None
     folder, batches, spec = job.output / run_folder.MERGED, job.probe(), job.recipe.export
-    dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    dtype = cast_of(spec.dtype)
     if is_quantized(job.model):
         return _export_quantized(job, folder, batches, dtype)
     with job.method.trained(job.model):
