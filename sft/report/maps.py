@@ -15,21 +15,37 @@ def maps(run: RunFolder) -> list[Map]:
     """Return the maps that a run has figures for."""
     modules: dict[str, Section] = run.section("support").get("modules") or {}
     found = [
-        _map("density", "Trained share", _density(modules), percent,
-             "of the weights of each module"),
-        _map("change", "Size of the change", _change(modules), figure,
-             "root mean square over the weights that it reaches"),
-        _map("churn_by_module", "Churn by module", _churn(run, modules), percent,
-             "positions that moved in the run, against those that are trained"),
-        _map("ranks_by_module", "Open ranks at the end", _ranks(run, modules), count, ""),
+        laid_out(
+            "density", "Trained share", _density(modules), percent, "of the weights of each module"
+        ),
+        laid_out(
+            "change", "Size of the change", _change(modules), figure,
+            "root mean square over the weights that it reaches",
+        ),
+        laid_out(
+            "churn_by_module", "Churn by module", _churn(run, modules), percent,
+            "positions that moved in the run, against those that are trained",
+        ),
+        laid_out("ranks_by_module", "Open ranks at the end", _ranks(run, modules), count),
     ]  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 
 
-def _map(
-    key: str, title: str, values: Mapping[str, float], show: Callable[[float], str], note: str
+def laid_out(
+    key: str, title: str, values: Mapping[str, float], show: Callable[[float], str], note: str = ""
 ) -> Map | None:
-    """Lay values of modules out; those of equal place, such as experts, by their mean."""
+    """Lay values of modules out; those of equal place, such as experts, by their mean.
+
+    Args:
+        key: names the file of a plot.
+        title: what is measured.
+        values: by the name of the module.
+        show: turns a value into text.
+        note: one line under the title.
+
+    Returns:
+        the map, or None without any value.
+    """
     if not values:
         return None
     cells: dict[tuple[str, str], list[float]] = {}

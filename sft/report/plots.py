@@ -40,16 +40,20 @@ def write_plots(run: RunFolder) -> list[str]:
 
 def plot(one: Chart | Map, path: Path) -> str:
     """Draw a chart or a map into a file; return its name."""
-    figure = _map(one) if isinstance(one, Map) else _chart(one)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4) if isinstance(one, Chart) else map_inches(one))
+    axes = figure.subplots()
+    if isinstance(one, Chart):
+        draw_chart(axes, one)
+    else:
+        draw_map(axes, one)
     figure.savefig(path, dpi=144, bbox_inches="tight", metadata={"Software": None})
     return path.name
 
 
-def _chart(chart: Chart) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.4))
-    axes = figure.subplots()
+def draw_chart(axes: Any, chart: Chart) -> None:
+    """Draw a chart on matplotlib's axes."""
     looks = zip(chart.series, COLORS, STYLES, strict=False)
     for series, color, style in looks:
         steps, values = zip(*thinned(series.points), strict=True)
@@ -66,29 +70,28 @@ def _chart(chart: Chart) -> Any:
     _finish(axes, chart)
     if len(chart.series) > 1:
         axes.legend(frameon=False)
-    return figure
 
 
-def _map(one: Map) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5.0, 0.22 * len(one.columns) + 2), 0.32 * len(one.rows) + 1.4))
-    axes = figure.subplots()
+def draw_map(axes: Any, one: Map) -> None:
+    """Draw a map on matplotlib's axes, and its scale beside it."""
     values = [[float("nan") if v is None else v for v in row] for row in one.values]
     image = axes.imshow(values, cmap="Blues", aspect="auto", vmin=one.low, vmax=one.high)
     axes.set_yticks(range(len(one.rows)), one.rows)
     every = max(1, len(one.columns) // 10)
     axes.set_xticks(range(0, len(one.columns), every), one.columns[::every])
     axes.set_xlabel("layer")
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
     bar.ax.yaxis.set_major_formatter(lambda value, _: one.show(value))
     bar.outline.set_visible(False)
     _finish(axes, one)
-    return figure
+
+
+def map_inches(one: Map) -> tuple[float, float]:
+    """Return the width and height that a map can be read at."""
+    return max(5.0, 0.22 * len(one.columns) + 2), 0.32 * len(one.rows) + 1.4
 
 
 def _finish(axes: Any, one: Chart | Map) -> None:
     note = f"\n{one.note}" if one.note else ""
-    axes.set_title(f"{one.title}{note}", loc="left", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_title(f"{one.title}{note}", loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
