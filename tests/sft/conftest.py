@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,28 +27,37 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_model(tiny_tokenizer) -> Callable[..., Path]:
+    """Save a Llama of two layers, with the tiny tokenizer; the same weights every time."""
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    def save(folder: Path, **changes: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        fields = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        }
+        LlamaForCausalLM(LlamaConfig(**(fields | changes))).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, save_model) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -91,3 +102,19 @@ training:
 """
     )
     return path
+
+
+@pytest.fixture
+def refused_recipe(recipe_file) -> Callable[..., str]:
+    """Load the tiny recipe with settings that are refused; return the one line that says why."""
+
+    def refuse(*settings: str) -> str:
+        from sft.errors import RecipeError
+        from sft.recipe.load import load_recipe
+
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(recipe_file, settings)
+        (line,) = str(caught.value).splitlines()
+        return line
+
+    return refuse

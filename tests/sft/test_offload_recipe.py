@@ -13,28 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarnin
 
 
 @pytest.fixture
-def wider_model(tmp_path, tiny_tokenizer):
+def wider_model(tmp_path, save_model):
     """A model whose matrices are large enough to be worth a file."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
-    tiny_tokenizer.save_pretrained(tmp_path / "wider")
-    return tmp_path / "wider"
+    return save_model(tmp_path / "wider", hidden_size=64)
 
 
 def test_a_run_from_disk_exports_what_it_trained(recipe_file, wider_model, tmp_path) -> None:

@@ -45,6 +45,23 @@ def byte_base(llama, byte_tokenizer, tmp_path) -> Path:
 
 
 @pytest.fixture
+def refused() -> Callable[..., str]:
+    """Run a command that must fail by the user's mistake; return the one line that says why."""
+
+    def run(*words: Any) -> str:
+        from typer.testing import CliRunner
+
+        from sft.cli import app
+
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 2, result.output
+        (line,) = result.stderr.splitlines()
+        return line
+
+    return run
+
+
+@pytest.fixture
 def adapter_on(tmp_path) -> Callable[..., Path]:
     """Train nothing, but give every trained value a number, and save the adapter."""
 

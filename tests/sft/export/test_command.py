@@ -26,14 +26,7 @@ def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def refused(*words) -> str:
-    result = run(*words)
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
-    return line
-
-
-def test_all_forms_of_a_run(recipe_file, tmp_path) -> None:
+def test_all_forms_of_a_run(refused, recipe_file, tmp_path) -> None:
     """The tokenizer of the tiny model has no GGUF form; else all is written, and compared."""
     also = "export.also=[patch,shira,lora]"
     bounds = ("export.max_error=0.9", "export.rank=2")
@@ -57,7 +50,7 @@ def test_all_forms_of_a_run(recipe_file, tmp_path) -> None:
     assert "WordLevel" in refused("export", folder, "--to", "gguf", "--out", tmp_path / "gguf")
 
 
-def test_a_run_of_the_model_itself_is_a_patch_of_its_base(recipe_file, tmp_path) -> None:
+def test_a_run_of_the_model_itself_is_a_patch_of_its_base(refused, recipe_file, tmp_path) -> None:
     full = ("method={name: full, modules: [up_proj]}", "export.also=[patch]")
     result = run("train", recipe_file, *full, "forgetting=null", "--plain")
     assert result.exit_code == 0, result.output
@@ -85,7 +78,9 @@ def test_a_run_of_the_model_itself_is_a_patch_of_its_base(recipe_file, tmp_path)
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_written_is_refused_before_training(recipe_file, settings, message) -> None:
+def test_what_cannot_be_written_is_refused_before_training(
+    refused, recipe_file, settings, message
+) -> None:
     assert message in refused("validate", recipe_file, *settings)
 
 
@@ -103,11 +98,13 @@ def test_what_cannot_be_written_is_refused_before_training(recipe_file, settings
         (["--to", "merged", "--out", "x"], "holds no adapter (adapter_config.json), delta, patch"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_are_refused(tmp_path, options, message) -> None:
+def test_options_that_do_not_fit_are_refused(refused, tmp_path, options, message) -> None:
     assert message in refused("export", tmp_path, *options)
 
 
-def test_a_filled_folder_is_kept_and_a_source_never_replaced(byte_base, adapter_on, tmp_path):
+def test_a_filled_folder_is_kept_and_a_source_never_replaced(
+    refused, byte_base, adapter_on, tmp_path
+):
     adapter = adapter_on(byte_base, sft.SpielConfig(density=0.1, **SPIEL))
     out = tmp_path / "out"
     out.mkdir()

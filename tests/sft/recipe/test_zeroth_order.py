@@ -11,7 +11,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sft.cli import app
-from sft.errors import RecipeError
 from sft.optim.zeroth_order.config import ZerothOrderConfig
 from sft.optim.zeroth_order.log import ZerothOrderLog
 from sft.recipe.load import load_recipe, to_yaml
@@ -19,14 +18,6 @@ from sft.run.job import train_from_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 FULL = "method={name: full}"
-
-
-def refused(recipe_file, *settings: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file, settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_the_resolved_section_shows_every_default_and_reads_back(recipe_file, tmp_path) -> None:
@@ -63,16 +54,16 @@ def test_no_section_is_a_first_order_run(recipe_file, section) -> None:
         ("zeroth_order=yes please", "zeroth_order: expected a section of `key: value` lines"),
     ],
 )
-def test_a_bad_field_is_one_line_that_names_it(recipe_file, setting, says) -> None:
-    message = refused(recipe_file, FULL, setting)
+def test_a_bad_field_is_one_line_that_names_it(refused_recipe, setting, says) -> None:
+    message = refused_recipe(FULL, setting)
     assert message.startswith(f"override '{setting}': {says}")
 
 
-def test_the_line_of_the_file_is_named(recipe_file) -> None:
+def test_the_line_of_the_file_is_named(refused_recipe, recipe_file) -> None:
     text = recipe_file.read_text()
     recipe_file.write_text(text + "zeroth_order:\n  queries: 2\n  noise: whyte\n")
     line = recipe_file.read_text().count("\n")
-    message = refused(recipe_file, FULL)
+    message = refused_recipe(FULL)
     assert message.startswith(f"tiny.yaml:{line}: zeroth_order.noise: got 'whyte', allowed is one")
     result = CliRunner().invoke(app, ["validate", str(recipe_file), FULL])
     assert (result.exit_code, result.stderr) == (2, f"sft: {message}\n")
@@ -87,23 +78,25 @@ def test_the_line_of_the_file_is_named(recipe_file) -> None:
         ("{name: s2ft, optimizer: sm3}", "method.optimizer: got 'sm3', which zeroth_order cannot"),
     ],
 )
-def test_settings_that_need_gradients_are_refused(recipe_file, method, says) -> None:
-    assert says in refused(recipe_file, f"method={method}", "zeroth_order={}")
+def test_settings_that_need_gradients_are_refused(
+    refused_recipe, recipe_file, method, says
+) -> None:
+    assert says in refused_recipe(f"method={method}", "zeroth_order={}")
     load_recipe(recipe_file, [f"method={method}"])
 
 
-def test_what_no_run_could_do_is_refused_before_any_is_started(recipe_file) -> None:
+def test_what_no_run_could_do_is_refused_before_any_is_started(refused_recipe) -> None:
     lora = "method={name: lora, target_modules: [q_proj]}"
     assert (
         "zeroth_order.sparsity: got 0.5 for lora, an adapter, whose weights start at zero"
-        in refused(recipe_file, lora, "zeroth_order={sparsity: 0.5}")
+        in refused_recipe(lora, "zeroth_order={sparsity: 0.5}")
     )
     decayed = [FULL, "zeroth_order={update: conservative}", "training.weight_decay=0.1"]
-    assert "training.weight_decay: got 0.1, which would move away" in refused(recipe_file, *decayed)
+    assert "training.weight_decay: got 0.1, which would move away" in refused_recipe(*decayed)
 
 
-def test_a_first_order_optimizer_is_refused(recipe_file) -> None:
-    message = refused(recipe_file, FULL, "zeroth_order={}", "training.optim=adafactor")
+def test_a_first_order_optimizer_is_refused(refused_recipe) -> None:
+    message = refused_recipe(FULL, "zeroth_order={}", "training.optim=adafactor")
     assert "training.optim: names an optimizer, and zeroth_order has its own rule" in message
 
 

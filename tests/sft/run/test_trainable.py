@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft.adapters.registry import method_names as ours
-from sft.errors import RecipeError, UserError
+from sft.errors import UserError
 from sft.export.replay import replay
 from sft.recipe.load import load_recipe, to_yaml
 from sft.run.full import train_only
@@ -32,14 +32,6 @@ def go(recipe_file):
         return train_from_recipe(recipe, Console(file=io.StringIO()))
 
     return run
-
-
-def refused(recipe_file, *settings: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file, settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def changed(base, merged) -> set[str]:
@@ -113,9 +105,11 @@ def test_a_stock_adapter_trains_is_saved_and_merged(go, tiny_model) -> None:
     assert changed(tiny_model, run.output_dir / "merged") == projections
 
 
-def test_an_adapter_that_cannot_be_merged_says_so_before_training(recipe_file) -> None:
+def test_an_adapter_that_cannot_be_merged_says_so_before_training(
+    refused_recipe, recipe_file
+) -> None:
     method = "method={name: prompt_tuning, num_virtual_tokens: 2}"
-    message = refused(recipe_file, method)
+    message = refused_recipe(method)
     assert message.endswith("export.merged: got true, but prompt_tuning cannot be merged into the "
                             "weights of a model; set it to false")  # fmt: skip
     load_recipe(recipe_file, [method, "export.merged=false"])
@@ -135,8 +129,8 @@ def test_an_adapter_that_cannot_be_merged_says_so_before_training(recipe_file) -
         ("{name: full, modules: []}", "method.modules: got [], allowed is a list of names"),
     ],
 )
-def test_other_methods_are_checked_as_strictly(recipe_file, method, says) -> None:
-    message = refused(recipe_file, f"method={method}")
+def test_other_methods_are_checked_as_strictly(refused_recipe, method, says) -> None:
+    message = refused_recipe(f"method={method}")
     assert message.startswith("override 'method=")
     assert says in message
 
