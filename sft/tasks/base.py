@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any, ClassVar
 
 from sft.data.load import Examples
@@ -17,6 +18,8 @@ class TaskBase:
     """The defaults of a task: a causal language model that TRL's trainer reads rows for."""
 
     options_class: ClassVar[type[TaskOptions]] = TaskOptions
+    arguments: ClassVar[str]  # module:class, imported when a run needs it
+    trainer: ClassVar[str]
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
     auto: ClassVar[str] = "AutoModelForCausalLM"
     sequences: ClassVar[int] = 1
@@ -25,6 +28,16 @@ class TaskBase:
     def __init__(self, options: TaskOptions) -> None:
         self.options: Any = options
         self.missing: list[str] = []  # parameters of the model that no file had
+
+    def arguments_class(self) -> type:
+        """Return the dataclass whose fields are the keys under `training:`."""
+        found: type = pkgutil.resolve_name(self.arguments)
+        return found
+
+    def trainer_class(self) -> type:
+        """Return the trainer, with our mix-in before it."""
+        found: type = pkgutil.resolve_name(self.trainer)
+        return found
 
     def kind(self) -> Any:
         """Return the class that loads the model."""
@@ -56,19 +69,14 @@ class TaskBase:
 
 
 class TrainerTask(TaskBase):
-    """The defaults of a task that transformers' own Trainer trains."""
+    """The defaults of a task that transformers' own Trainer trains, on a model of any class."""
 
-    def arguments_class(self) -> type:
-        """Return transformers' TrainingArguments."""
-        from transformers import TrainingArguments
+    arguments: ClassVar[str] = "transformers:TrainingArguments"
+    trainer: ClassVar[str] = "sft.trainer:SparseTrainer"
 
-        return TrainingArguments  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return transformers' Trainer with our training."""
-        from sft.trainer import SparseTrainer
-
-        return SparseTrainer
+    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
+        """Load the model as the class that `auto` names."""
+        return load_model(spec, device=device, kind=self.kind(), missing=self.missing)
 
 
 class HeadTask(TrainerTask):
@@ -76,7 +84,12 @@ class HeadTask(TrainerTask):
 
     def heads(self, model: Any) -> list[str]:
         """Return what lies between the backbone and the output, and what else starts at random."""
-        return sorted({*super().heads(model), *new_heads(model)})
+        new = (
+            name
+            for name, child in model.named_children()
+            if name != model.base_model_prefix and next(child.parameters(), None) is not None
+        )
+        return sorted({*super().heads(model), *new})
 
 
 def check_decoder(config: Any, name: str) -> None:
@@ -102,12 +115,3 @@ def mapped(rows: Any | None, encode: Any, **given: Any) -> Any | None:
     if rows is None:
         return None
     return rows.map(encode, fn_kwargs=given, remove_columns=rows.column_names)
-
-
-def new_heads(model: Any) -> list[str]:
-    """Return the modules between a backbone and the output."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and next(child.parameters(), None) is not None
-    ]

@@ -17,6 +17,8 @@ class Preference(TaskBase):
 
     name: ClassVar[str] = "dpo"
     summary: ClassVar[str] = "a language model learns to prefer one reply to another"
+    arguments: ClassVar[str] = "trl:DPOConfig"
+    trainer: ClassVar[str] = "sft.trainers.preference:SparseDPOTrainer"
     sequences: ClassVar[int] = 2  # the chosen reply and the rejected one
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     metrics: ClassVar[tuple[str, ...]] = NAMES
@@ -24,18 +26,6 @@ class Preference(TaskBase):
 
     beta = 0.1
     reference: Pair | None = None  # log-probabilities of a model that has no way back
-
-    def arguments_class(self) -> type:
-        """Return TRL's DPOConfig."""
-        from trl import DPOConfig
-
-        return DPOConfig  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return TRL's DPOTrainer with our training."""
-        from sft.trainers.preference import SparseDPOTrainer
-
-        return SparseDPOTrainer
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Hand over the rows, and note how strong the loss holds on to the reference."""

@@ -40,22 +40,12 @@ class Policy(TaskBase):
 
     name: ClassVar[str] = "grpo"
     summary: ClassVar[str] = "a language model learns by rewards for what it writes itself"
+    arguments: ClassVar[str] = "trl:GRPOConfig"
+    trainer: ClassVar[str] = "sft.trainers.policy:SparseGRPOTrainer"
     formats: ClassVar[tuple[str, ...]] = ("prompt", "prompt_completion")
     metrics: ClassVar[tuple[str, ...]] = rewarded.NAMES
     measured: ClassVar[tuple[str, ...]] = ("reward",)
     options_class: ClassVar[type[TaskOptions]] = PolicyOptions
-
-    def arguments_class(self) -> type:
-        """Return TRL's GRPOConfig."""
-        from trl import GRPOConfig
-
-        return GRPOConfig  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return TRL's GRPOTrainer with our training."""
-        from sft.trainers.policy import SparseGRPOTrainer
-
-        return SparseGRPOTrainer
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Hand over prompts, and what rewards the completions."""

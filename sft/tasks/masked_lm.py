@@ -12,8 +12,6 @@ from sft.data.load import Examples
 from sft.evaluation.likelihood import perplexity
 from sft.evaluation.metrics import evaluating
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_model
-from sft.recipe.schema import ModelSpec
 from sft.tasks.base import PROBED, TrainerTask, evaluated, mapped
 from sft.tasks.task import TaskOptions
 
@@ -38,10 +36,6 @@ class MaskedLanguage(TrainerTask):
     metrics: ClassVar[tuple[str, ...]] = ("masked_nll", "masked_perplexity", "masked_accuracy")
     measured: ClassVar[tuple[str, ...]] = ("masked_nll", "masked_accuracy")
     options_class: ClassVar[type[TaskOptions]] = MaskedOptions
-
-    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
-        """Load the masked language model."""
-        return load_model(spec, device=device, kind=self.kind(), missing=self.missing)
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise the texts; each time one is read, other tokens are taken out."""

@@ -11,33 +11,23 @@ from sft.evaluation.preference import NAMES, encode_reply, measure_rewards
 from sft.evaluation.spec import EvaluationSpec
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, TaskBase, new_heads
+from sft.tasks.base import PROBED, HeadTask
 from sft.tasks.labels import with_labels
 
 
-class Reward(TaskBase):
+class Reward(HeadTask):
     """Reward modelling by TRL's RewardTrainer: a new head of one output on the model."""
 
     name: ClassVar[str] = "reward"
     summary: ClassVar[str] = "a model learns to score replies as people compared them"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    arguments: ClassVar[str] = "trl:RewardConfig"
+    trainer: ClassVar[str] = "sft.trainers.reward:SparseRewardTrainer"
     sequences: ClassVar[int] = 2  # the chosen reply and the rejected one
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     formats: ClassVar[tuple[str, ...]] = ("preference",)
     metrics: ClassVar[tuple[str, ...]] = NAMES
     measured: ClassVar[tuple[str, ...]] = NAMES
-
-    def arguments_class(self) -> type:
-        """Return TRL's RewardConfig."""
-        from trl import RewardConfig
-
-        return RewardConfig  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return TRL's RewardTrainer with our training."""
-        from sft.trainers.reward import SparseRewardTrainer
-
-        return SparseRewardTrainer
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with one output."""
@@ -45,10 +35,6 @@ class Reward(TaskBase):
         return load_model(
             spec, device=device, kind=self.kind(), config=config, missing=self.missing
         )
-
-    def heads(self, model: Any) -> list[str]:
-        """Return the layer that makes the score, and what else starts at random."""
-        return sorted({*super().heads(model), *new_heads(model)})
 
     def measure(
         self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int

@@ -10,9 +10,7 @@ from pydantic import Field
 from sft.data.load import Examples
 from sft.evaluation import seq2seq
 from sft.evaluation.spec import EvaluationSpec
-from sft.models import load_model
-from sft.recipe.schema import ModelSpec
-from sft.tasks.base import PROBED, TaskBase, evaluated, mapped
+from sft.tasks.base import PROBED, TrainerTask, evaluated, mapped
 from sft.tasks.task import TaskOptions
 
 
@@ -23,33 +21,19 @@ class Seq2SeqOptions(TaskOptions):
     max_target_length: int = Field(default=128, gt=0, description="tokens kept of a completion")
 
 
-class SequenceToSequence(TaskBase):
+class SequenceToSequence(TrainerTask):
     """Translation, summarisation and the like, with models such as T5 and BART."""
 
     name: ClassVar[str] = "seq2seq"
     summary: ClassVar[str] = "an encoder reads a prompt, a decoder learns to write its completion"
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    arguments: ClassVar[str] = "transformers:Seq2SeqTrainingArguments"
+    trainer: ClassVar[str] = "sft.trainers.seq2seq:SparseSeq2SeqTrainer"
     peft_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion",)
     metrics: ClassVar[tuple[str, ...]] = seq2seq.NAMES
     measured: ClassVar[tuple[str, ...]] = ("nll",)
     options_class: ClassVar[type[TaskOptions]] = Seq2SeqOptions
-
-    def arguments_class(self) -> type:
-        """Return transformers' Seq2SeqTrainingArguments."""
-        from transformers import Seq2SeqTrainingArguments
-
-        return Seq2SeqTrainingArguments  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return transformers' Seq2SeqTrainer with our training."""
-        from sft.trainers.seq2seq import SparseSeq2SeqTrainer
-
-        return SparseSeq2SeqTrainer
-
-    def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
-        """Load the model of encoder and decoder."""
-        return load_model(spec, device=device, kind=self.kind(), missing=self.missing)
 
     def trainer_inputs(self, examples: Examples, processor: Any, arguments: Any) -> dict[str, Any]:
         """Tokenise both texts; a batch pads them apart."""

@@ -17,21 +17,11 @@ class Supervised(TaskBase):
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "a language model learns completions, replies, or text"
+    arguments: ClassVar[str] = "trl:SFTConfig"
+    trainer: ClassVar[str] = "sft.trainers.supervised:SparseSFTTrainer"
     formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "text", "tokenised")
     metrics: ClassVar[tuple[str, ...]] = language.NAMES
     measured: ClassVar[tuple[str, ...]] = ("nll",)
-
-    def arguments_class(self) -> type:
-        """Return TRL's SFTConfig."""
-        from trl import SFTConfig
-
-        return SFTConfig  # type: ignore[no-any-return]
-
-    def trainer_class(self) -> type:
-        """Return TRL's SFTTrainer with our training."""
-        from sft.trainers.supervised import SparseSFTTrainer
-
-        return SparseSFTTrainer
 
     def measure(
         self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
