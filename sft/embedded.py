@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from sft.errors import UserError
@@ -58,12 +59,10 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    try:
-        import gguf as _reader  # noqa: F401
-    except ImportError:
+    if find_spec("gguf") is None:
         raise UserError(
             'model.name: reading GGUF files needs the package gguf: pip install "sparse-sft[demo]"'
-        ) from None
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
