@@ -46,7 +46,9 @@ def chat(
         str | None, typer.Option("--device", help="Default: a GPU if there is one.")
     ] = None,
 ) -> None:
-    """Talk to a model. In it: /base and /adapter switch, /clear forgets, /quit leaves.
+    """Talk to a model.
+
+    In it, /base and /adapter switch between the two, /clear forgets, and /quit leaves.
 
     For example:
 

@@ -36,10 +36,10 @@ def compose(
         bool, typer.Option("--overwrite", help="Replace a filled folder.")
     ] = False,
 ) -> None:
-    """Combine adapters of one base into one that loads, without loading the base.
+    """Combine adapters of one base into one, without loading the base.
 
     Each weight's changes are combined on the positions that any adapter reaches. What comes out
-    is a static SpIEL delta, exact in float32.
+    is a static SpIEL delta, exact in float32, that loads as any adapter.
 
     For example:
 

@@ -59,7 +59,9 @@ def export(
     ] = False,
     form: Annotated[str | None, typer.Option("--format", hidden=True)] = None,
 ) -> None:
-    """Save what was trained in a stock format, then check it by reloading.
+    """Save what was trained in a stock format, and check it.
+
+    It is loaded again and its logits are compared, unless --no-verify is given.
 
     For example:
 

@@ -18,9 +18,10 @@ def inspect(
     modules: ModulesOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Tell what an adapter changes, by layer and by type: trained values, sizes, ranks.
+    """Tell what an adapter changes, by layer and by type of module.
 
-    The base stays on disk. With several adapters, their overlaps are printed as well.
+    Trained values, sizes of the change, ranks. The base stays on disk. With several adapters,
+    their overlaps are printed as well.
 
     For example:
 

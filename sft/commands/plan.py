@@ -28,7 +28,9 @@ def plan(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print data alone.")] = False,
 ) -> None:
-    """Tell what a run takes, before any weight is loaded: bytes by kind, seconds a step.
+    """Tell what a run takes, before any weight is loaded.
+
+    Bytes by kind, and seconds a step.
 
     For example:
 

@@ -19,7 +19,9 @@ def plot(
         str | None, typer.Option("--base", help="Of a whole model, what it is compared with.")
     ] = None,
 ) -> None:
-    """Draw a run's curves, and where its adapter changes the model: layers by types.
+    """Draw a run's curves, and where its adapter changes the model.
+
+    The map shows modules by layer and type.
 
     For example:
 

@@ -14,10 +14,10 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     plots: Annotated[bool, typer.Option(help="Draw plots/*.png too, with matplotlib.")] = True,
 ) -> None:
-    """Write report.html and plots/*.png of a run, from the files in its folder alone.
+    """Write report.html and plots/*.png of a run.
 
-    `sft train` does so at its end. A run that is going on, or was cut short, has a report as well:
-    of the updates that its log holds.
+    Nothing but the files in its folder is read. `sft train` does so at its end. A run
+    that is going on, or was cut short, has a report as well: of the updates that its log holds.
 
     For example:
 

@@ -14,10 +14,10 @@ from sft.errors import UserError
 def schema(
     out: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
 ) -> None:
-    """Print the JSON schema of recipes: keys, types, choices and texts of every method and task.
+    """Print the JSON schema of recipes, with every method and task.
 
-    Editors with the YAML language server complete and check a recipe whose first line is
-    `# yaml-language-server: $schema=recipe.schema.json`.
+    It holds keys, types, choices and texts. Editors with the YAML language server complete
+    and check a recipe whose first line is `# yaml-language-server: $schema=recipe.schema.json`.
 
     For example:
 
