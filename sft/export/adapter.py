@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sft.errors import UserError
+from sft.export.adapter_weights import AdapterWeights, WholeModelNeededError
 from sft.export.loaded import (
     cast_of,
     check_request,
@@ -28,7 +29,6 @@ from sft.export.merged import (
 from sft.export.quantized import export_quantized
 from sft.export.reloaded import probe_for
 from sft.export.shards import SHARD, write_shards
-from sft.export.trained import AdapterWeights, WholeModelNeededError
 from sft.models import load_model
 from sft.quantization import is_quantized
 from sft.recipe.schema import ModelSpec

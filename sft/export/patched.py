@@ -13,7 +13,7 @@ from sft.export.patch import PatchCounts, apply_patches, read_patches, write_pat
 from sft.export.reloaded import probe_for
 from sft.export.shards import write_shards
 from sft.export.source import Source
-from sft.export.trained import PatchedWeights
+from sft.export.stored import PatchedWeights
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
 from sft.whole import refuse_target, written_whole

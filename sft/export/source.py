@@ -11,18 +11,14 @@ from typing import Any
 
 from sft.errors import UserError
 from sft.export.adapter import Say, export_adapter
+from sft.export.adapter_weights import AdapterWeights, WholeModelNeededError
 from sft.export.delta import delta_base, export_delta, is_delta
 from sft.export.loaded import SETTINGS, load_processor, load_trained, spec_of
 from sft.export.merged import merge
 from sft.export.patch import apply_patches, is_patch, patched_base
 from sft.export.reloaded import reload
-from sft.export.trained import (
-    AdapterWeights,
-    FolderWeights,
-    PatchedWeights,
-    TrainedWeights,
-    WholeModelNeededError,
-)
+from sft.export.stored import FolderWeights, PatchedWeights
+from sft.export.trained import TrainedWeights
 from sft.models import locate
 from sft.recipe.schema import ModelSpec
 from sft.run.folder import ADAPTER, MERGED, RECIPE

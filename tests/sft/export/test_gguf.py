@@ -23,7 +23,7 @@ from sft.export.forms import Request, export
 from sft.export.gguf_file import rounded, stored_as, write_gguf
 from sft.export.gguf_layout import Layout
 from sft.export.gguf_tokenizer import pre_of, vocabulary_of
-from sft.export.trained import FolderWeights
+from sft.export.stored import FolderWeights
 
 SIZES = {
     "vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

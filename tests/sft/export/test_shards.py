@@ -22,9 +22,9 @@ from transformers import (
 import sft
 from sft.errors import UserError
 from sft.export.adapter import export_adapter
+from sft.export.adapter_weights import AdapterWeights, WholeModelNeededError
 from sft.export.forms import Request, export
 from sft.export.shards import write_shards
-from sft.export.trained import AdapterWeights, WholeModelNeededError
 
 TASK = {"task_type": "CAUSAL_LM"}
 METHODS = {
