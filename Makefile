@@ -10,8 +10,8 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 0
 
 # Memory that one step frees is kept for the next one, not given back and faulted in again.
-quickstart bench bench-runs: export MALLOC_TRIM_THRESHOLD_ := 8000000000
-quickstart bench bench-runs: export MALLOC_MMAP_THRESHOLD_ := 4000000000
+quickstart test-recipes bench bench-runs: export MALLOC_TRIM_THRESHOLD_ := 8000000000
+quickstart test-recipes bench bench-runs: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test test-quick test-engines test-recipes test-gpu lint types conformance bench bench-runs docs clean distclean
@@ -37,9 +37,9 @@ test-engines: env  ## sharded runs, offload and quantised bases end to end (slow
 	@echo "== tests: engines"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
-test-recipes: env  ## every small recipe, whole, on the real model (about 25 minutes)
+test-recipes: env  ## every small recipe, whole, on the real model (up to 25 minutes)
 	@echo "== tests: recipes"
-	@$(BIN)/python -m pytest -m recipes --durations 0 tests/recipes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m recipes --durations 0 tests/recipes
 
 test-gpu: env  ## the cases of every kernel on this machine's GPU
 	@echo "== tests: kernels on the GPU"
@@ -64,9 +64,10 @@ bench: env  ## measure methods, peers and kernels side by side (about 25 minutes
 	@$(PHASE) plans $(BIN)/python benchmarks/plan.py
 	@$(BIN)/python benchmarks/report.py
 
-bench-runs: env  ## measure whole runs of the recipes (about 30 minutes) and write docs
+bench-runs: env  ## measure whole runs of the recipes (about 70 minutes) and write docs
 	@$(PHASE) quickstart $(BIN)/python benchmarks/quickstart.py
-	@$(PHASE) recipes $(BIN)/python benchmarks/recipes.py
+	@$(PHASE) recipes env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recipes.py --jobs 2
+	@$(PHASE) "learning rates" env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rates.py --jobs 2
 	@$(PHASE) "kept inputs" $(BIN)/python benchmarks/saved_inputs.py
 	@$(PHASE) "zeroth-order step" $(BIN)/python benchmarks/zeroth_order_step.py
 	@$(PHASE) "bases in 4 bits" $(BIN)/python benchmarks/quantized.py

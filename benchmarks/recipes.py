@@ -1,6 +1,9 @@
-"""Run every shipped recipe but the quickstart once, whole: what it gains, trains and costs.
+"""Run every small recipe once, whole: what it gains, forgets, trains and costs.
 
-`python benchmarks/recipes.py [--only NAME ...] [--out FILE]`
+`python benchmarks/recipes.py [--only NAME ...] [--jobs N] [--out FILE]`
+
+These are the tests of `make test-recipes`, with their results kept: a recipe that does not keep its
+promise is one that fails.
 """
 
 from __future__ import annotations
@@ -10,45 +13,26 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import dataclasses
-import json
-import tempfile
+import sys
 from pathlib import Path
-from typing import Any
 
-from machine import machine
+import pytest
 
-from sft.recipe.load import load_recipe
-from sft.run.job import train_from_recipe
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-KEPT = (
-    "before", "after", "trained_weights", "all_weights", "steps", "train_loss",
-    "max_logit_difference", "seconds",
-)  # fmt: skip
-
-
-def run(path: Path) -> dict[str, Any]:
-    """Run one recipe into a folder that is thrown away."""
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = load_recipe(str(path), [f"training.output_dir={scratch}/run"])
-        found = dataclasses.asdict(train_from_recipe(recipe))
-    return {"method": recipe.method["name"]} | {key: found[key] for key in KEPT}
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "tests/recipes/test_shipped.py"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    out = Path(__file__).parent / "results/recipes.json"
+    out = HERE / "results/recipes.json"
     parser.add_argument("--only", nargs="*", help="names of recipes; their results are renewed")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart")
-    kept = json.loads(args.out.read_text())["recipes"] if args.only and args.out.is_file() else {}
-    for name in args.only or names:
-        kept[name] = run(RECIPES / f"{name}.yaml")
-        result = {"machine": machine(), "recipes": dict(sorted(kept.items()))}
-        args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    print(f"written to {args.out}")
+    name = "test_a_small_recipe_keeps_its_promise"
+    chosen = [f"{TESTS}::{name}[{only}]" for only in args.only] if args.only else [str(TESTS)]
+    spread = ["-n", str(args.jobs)] if args.jobs > 1 else []
+    sys.exit(pytest.main([*chosen, "-m", "recipes", *spread, "--results", str(args.out)]))
 
 
 if __name__ == "__main__":
