@@ -32,7 +32,11 @@ def folder_of(name: str) -> Path:
 
 
 def find_gguf(package: str) -> tuple[Path, str]:
-    """Find the GGUF file of an installed package and its SHA-256, without importing the package."""
+    """Find the GGUF file of an installed package and its SHA-256, without importing the package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +59,11 @@ def cache_folder() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as an fp32 safetensors folder; `folder` appears whole or not at all."""
+    """Write a GGUF file as an fp32 safetensors folder; `folder` appears whole or not at all.
+
+    Raises:
+        UserError: the package gguf, which reads it, is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -100,7 +100,11 @@ def load_image_processor(spec: ModelSpec, key: str = "model.name") -> Any:
 
 
 def locate(spec: ModelSpec, key: str = "model.name") -> str:
-    """Return the folder or hub id behind a name; an embedded model is converted on first use."""
+    """Return the folder or hub id behind a name; an embedded model is converted on first use.
+
+    Raises:
+        UserError: it is a path, and no folder is there.
+    """
     if spec.name in embedded.MODELS:
         return str(embedded.folder_of(spec.name))
     path = Path(spec.name).expanduser()

@@ -39,7 +39,11 @@ def refuse_target(
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that replaces `folder` when the block ends without an error."""
+    """Yield a temporary sibling that replaces `folder` when the block ends without an error.
+
+    Raises:
+        UserError: there is no writing where it lies.
+    """
     folder = folder.absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,14 +99,14 @@ def export(
         from sft.quiet import quiet_libraries
 
         quiet_libraries()
-        given = {
+        given: dict[str, Any] = {
             "rank": rank, "max_error": max_error, "gguf_type": gguf_type,
             "max_shard_size": max_shard_size,
         }  # fmt: skip
         request = Request(
             to=out, base=base, dtype=dtype, overwrite=overwrite, verify=verify,
             quantized=quantized, uniform_rank=uniform_rank,
-            **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
+            **{key: value for key, value in given.items() if value is not None},
         )  # fmt: skip
         print(write(source, to, request, print))
         if push is not None:

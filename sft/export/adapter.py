@@ -67,6 +67,10 @@ def export_adapter(
 
     Returns:
         The largest |logit difference| between the reloaded model and the trained one, if compared.
+
+    Raises:
+        UserError: base and adapter do not fit together, `to` may not be written, or what was
+            written is not the trained model.
     """
     cast = cast_of(dtype)
     check_request(adapter, base, to, overwrite)

@@ -123,6 +123,9 @@ def export_delta(
 
     Returns:
         The largest |logit difference| between the reloaded model and the one in memory.
+
+    Raises:
+        UserError: the delta is damaged or not of this base, or `to` may not be written.
     """
     cast = cast_of(dtype)
     content, _ = _read(folder)

@@ -53,6 +53,10 @@ def export_gguf(
         overwrite: replace `to` when it is filled.
         verify: read it back and compare.
         say: takes what happens on the way.
+
+    Raises:
+        UserError: model or tokenizer has no GGUF form, `to` may not be written, or the file is not
+            the trained model.
     """
     refuse_target(to, overwrite=overwrite, sources=[source.folder], option="--out")
     processor = source.processor()

@@ -45,7 +45,11 @@ def spec_of(adapter: Path, base: str | None) -> ModelSpec:
 
 
 def trained_on(adapter: Path) -> str:
-    """Return the base named in the adapter's config."""
+    """Return the base named in the adapter's config.
+
+    Raises:
+        UserError: none is named.
+    """
     from sft.tools.opened import read_settings
 
     name = read_settings(adapter).get("base_model_name_or_path")
@@ -70,7 +74,11 @@ def load_base(adapter: Path, base: str | None, *, packed: bool = True) -> Any:
 
 
 def load_trained(adapter: Path, base: str | None, *, packed: bool = True) -> Any:
-    """Load base and adapter; a pair that does not fit is refused with the reason."""
+    """Load base and adapter.
+
+    Raises:
+        UserError: they do not fit together.
+    """
     from peft import PeftModel
 
     model = load_base(adapter, base, packed=packed)

@@ -41,6 +41,10 @@ def export_patch(
     Returns:
         What the patch holds, and the largest |logit difference| between base and patch and the
         merged model, if compared.
+
+    Raises:
+        UserError: the base is packed and `quantized` is not "reference", `to` may not be written,
+            or base and patch are not the trained model.
     """
     spec = source.base_spec()
     refuse_target(to, overwrite=overwrite, sources=[source.folder, spec.name], option="--out")

@@ -43,7 +43,11 @@ def compare(first: Changes, second: Changes) -> dict[str, Any]:
 
 
 def compare_change(name: str, first: Change | None, second: Change | None) -> Row:
-    """Count what adds up over modules; a change that is missing reaches nothing."""
+    """Count what adds up over modules; a change that is missing reaches nothing.
+
+    Raises:
+        UserError: the changes are of weights of different shapes.
+    """
     if first is not None and second is not None and first.shape != second.shape:
         raise UserError(
             f"diff: {name} is {first.shape} in one and {second.shape} in the other; compare "

@@ -115,7 +115,11 @@ class DeltaChanges:
         return [name.removesuffix(".weight") for name in self._names]
 
     def read(self, name: str) -> Change:
-        """Return new minus old where they differ."""
+        """Return new minus old where they differ.
+
+        Raises:
+            UserError: the base has no such weight of this shape.
+        """
         from safetensors import safe_open
 
         key = name if name in self._shapes else f"{name}.weight"

@@ -68,7 +68,11 @@ def load_log(path: Path) -> ZerothOrderLog:
 
 
 def trained_tensors(model: nn.Module, log: ZerothOrderLog) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name, in the order of the log."""
+    """Return the trained parameters by name, in the order of the log.
+
+    Raises:
+        UserError: the model lacks one, or has it in another shape or type.
+    """
     own = dict(model.named_parameters())
     found = {}
     for name, shape, dtype, *_ in log.header["trained"]:
