@@ -47,9 +47,10 @@ class BadRows:
             UserError: under the rule "error".
         """
         if self.rule == "error":
+            skip = ", or set data.on_bad_row: skip" if self.key.startswith("data.") else ""
             raise UserError(
                 f"{self.key}: {file}:{unit and ' ' + unit}{line}: {one_line(reason)}; mend the "
-                "row, or set data.on_bad_row: skip"
+                f"row{skip}"
             )
         if (file, line) in self._seen:  # a stream is read again
             return

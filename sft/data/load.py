@@ -16,6 +16,7 @@ from sft.data.equal import keys, without
 from sft.data.files import cause, quiet
 from sft.data.formats import canonical, detect_format
 from sft.data.mix import Part, held_out_of, limited, mixed, weights
+from sft.data.origin import Origin, by_name
 from sft.data.source import open_source
 from sft.data.spec import DataSpec, SourceSpec
 from sft.data.streaming import Stream
@@ -33,6 +34,8 @@ class Examples:
         sources: of the training examples: path, format, rows, weight.
         bad: rows that were left out of the training examples, and of those held out.
         dropped: training examples that were equal to a held-out one.
+        train_at: where the training examples were read.
+        held_out_at: where those held out were.
     """
 
     train: Any
@@ -41,6 +44,8 @@ class Examples:
     sources: tuple[dict[str, Any], ...] = ()
     bad: tuple[BadRows, ...] = field(default=(), compare=False)
     dropped: int = 0
+    train_at: Origin | None = field(default=None, compare=False)
+    held_out_at: Origin | None = field(default=None, compare=False)
 
     @property
     def streamed(self) -> bool:
@@ -56,18 +61,21 @@ class Examples:
         return self.train.select(range(min(count, len(self.train))))
 
 
-def load_data(spec: DataSpec, seed: int, formats: Sequence[str] | None = None) -> Examples:
+def load_data(
+    spec: DataSpec, seed: int, formats: Sequence[str] | None = None, *, key: str = "data.train"
+) -> Examples:
     """Load the examples of a recipe; the held-out ones are never trained on.
 
     Args:
         spec: The `data:` section.
         seed: Decides which examples are held out, and the order of mixed ones.
         formats: those that the task takes; default: any that `sft.data.formats` knows.
+        key: that names the training examples in messages, where it is no recipe's.
 
     Raises:
         UserError: When a file is missing, malformed, empty, or has no columns that we know.
     """
-    bad = BadRows("data.train", spec.on_bad_row), BadRows("data.eval", spec.on_bad_row)
+    bad = BadRows(key, spec.on_bad_row), BadRows("data.eval", spec.on_bad_row)
     if spec.streaming:
         return _streamed(spec, seed, formats, bad)
     sources = spec.sources("train")
@@ -86,7 +94,12 @@ def load_data(spec: DataSpec, seed: int, formats: Sequence[str] | None = None) -
     train = mixed([part.rows for part in kept], sources, spec, seed)
     if spec.train_examples is not None:
         train = train.select(range(min(spec.train_examples, len(train))))
-    return Examples(train, held_out, parts[0].format, _noted(sources, kept), bad, dropped)
+    if held_out is not None and held_out.features != train.features:
+        held_out = by_name(held_out)
+    at = Origin(key, tuple(sources))
+    apart = at if spec.eval is None else Origin("data.eval", tuple(spec.sources("eval")))
+    noted = _noted(sources, kept)
+    return Examples(train, held_out, parts[0].format, noted, bad, dropped, at, apart)
 
 
 def _read(source: SourceSpec, bad: BadRows, formats: Sequence[str] | None) -> Part:

@@ -21,7 +21,7 @@ class Also:
 
     def __init__(self, spec: EvaluationSpec, task: Any) -> None:
         self.spec, self.task = spec, task
-        self.rows = {name: self._read(path) for name, path in spec.also.items()}
+        self.rows = {name: self._read(name, path) for name, path in spec.also.items()}
 
     def measure(self, model: Any, processor: Any, longest: int) -> dict[str, float]:
         """Return the metrics of each, as `NAME_metric`.
@@ -41,11 +41,12 @@ class Also:
             found |= {f"{name}_{metric}": value for metric, value in values.items()}
         return found
 
-    def _read(self, path: str) -> tuple[Any, str]:
+    def _read(self, name: str, path: str) -> tuple[Any, str]:
         from sft.data.load import load_data
         from sft.data.spec import DataSpec
 
-        found = load_data(DataSpec(train=path), 0, readable(self.task))
+        key = f"evaluation.also.{name}"
+        found = load_data(DataSpec(train=path), 0, readable(self.task), key=key)
         count = min(self.spec.num_examples or len(found.train), len(found.train))
         return found.train.select(range(count)), found.format
 

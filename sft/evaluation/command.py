@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.data.load import Examples, load_data
+from sft.data.origin import by_name
 from sft.data.spec import DataSpec
 from sft.errors import UserError, unknown_name
 from sft.evaluation import multiple_choice
@@ -66,6 +67,8 @@ def evaluate_target(
     rows = _examples(target, task, data)
     spec = _spec(target, task, rows.format, metrics, examples, settings)
     held_out = _first(rows.held_out, spec.num_examples)
+    if rows.format in task.formats:
+        task.check_data(rows, spec.metrics or (), "--metrics" if metrics else "evaluation.metrics")
     processor = open_processor(target, task)
     model = open_target(target, task, rows, device)
     _check_compare(model, name, compare)
@@ -113,11 +116,15 @@ def as_json(report: dict[str, Any]) -> str:
 def _examples(target: Target, task: Task, data: str | None) -> Examples:
     """Return what is measured as `held_out`."""
     if data is not None:
-        found = load_data(DataSpec(train=data), 0, readable(task))
+        found = load_data(DataSpec(train=data), 0, readable(task), key="--data")
         tells = found  # which classes there are
         if target.recipe is not None and target.adapter is not None and has_classes(task):
             tells = load_data(target.recipe.data, target.recipe.seed, task.formats)
-        return Examples(tells.train, found.train, found.format)
+        held_out = found.train if tells is found else by_name(found.train)
+        return Examples(
+            tells.train, held_out, found.format,
+            train_at=tells.train_at, held_out_at=found.train_at,
+        )  # fmt: skip
     if target.recipe is None:
         raise UserError(f"--data: {target.name} is of no run; give --data or --recipe")
     found = load_data(target.recipe.data, target.recipe.seed, task.formats)

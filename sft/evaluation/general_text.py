@@ -52,7 +52,8 @@ def _ids(spec: ForgettingSpec, tokenizer: Any) -> list[int]:
     from sft.data.load import load_data
     from sft.data.spec import DataSpec
 
-    found = load_data(DataSpec(train=spec.data), 0, ("text", "prompt_completion", "messages"))
+    formats = ("text", "prompt_completion", "messages")
+    found = load_data(DataSpec(train=spec.data), 0, formats, key="forgetting.data")
     begin, ids = _beginning(tokenizer), list[int]()
     for row in found.train:
         if found.format == "text":

@@ -111,6 +111,8 @@ class Job:
         with self.team.first_on_each_machine_first():
             with phases.phase("data"):
                 self.data = load_data(recipe.data, recipe.seed, self.task.formats)
+                metrics = recipe.evaluation.metrics or ()
+                self.task.check_data(self.data, metrics, "evaluation.metrics")
                 self.held_out = _measured(self.data.held_out, recipe.evaluation.num_examples)
                 phases.note(describe(self.data))
             self._say(*skipped(self.data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sft.data.load import Examples
@@ -44,6 +45,9 @@ class TaskBase:
         import transformers
 
         return getattr(transformers, self.auto)
+
+    def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
+        """Take any examples: their format says it all."""
 
     def load_processor(self, spec: ModelSpec) -> Any:
         """Load the tokenizer."""

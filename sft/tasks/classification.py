@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sft.data.load import Examples
+from sft.errors import UserError
 from sft.evaluation import labels, values
 from sft.evaluation.classification import batches, measure
 from sft.evaluation.spec import EvaluationSpec
@@ -25,6 +26,17 @@ class Classification(LabelledTask):
     formats: ClassVar[tuple[str, ...]] = ("classification",)
     metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, *values.NAMES)
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mse", "pearson")
+
+    def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
+        """Raise UserError on metrics of the other kind of labels, and on labels of no class."""
+        super().check_data(examples, metrics, key)
+        real = self.names(examples) is None
+        known, found = (values.NAMES, "real numbers") if real else (labels.NAMES, "classes")
+        wrong = [name for name in metrics if name not in known]
+        if wrong and set(metrics) != set(self.measured):
+            raise UserError(
+                f"{key}: got {wrong[0]}, but the labels are {found}; allowed is {', '.join(known)}"
+            )
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with an output for each class of the data."""

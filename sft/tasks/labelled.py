@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from sft.data.load import Examples
 from sft.models import load_model
 from sft.recipe.schema import ModelSpec
 from sft.tasks.base import HeadTask
-from sft.tasks.labels import label_names, with_labels
+from sft.tasks.labels import check_labels, label_names, with_labels
 from sft.tasks.task import TaskOptions
 
 
@@ -37,6 +38,16 @@ class LabelledTask(HeadTask):
     def names(self, examples: Examples) -> list[str] | None:
         """Return the names of the classes, or None where labels are real numbers."""
         return label_names(examples.train, self.column, self.options.labels)
+
+    def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
+        """Raise UserError on a label, most likely a held-out one, that is no class's."""
+        names = self.options.labels or self.names(examples)
+        for rows, at in (
+            (examples.train, examples.train_at),
+            (examples.held_out, examples.held_out_at),
+        ):
+            if names is not None and rows is not None and hasattr(rows, "__len__"):
+                check_labels(rows, self.column, names, at, examples.format)
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load the model with an output for each class of the data."""

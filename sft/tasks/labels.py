@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sft.data.origin import Origin
 from sft.errors import UserError
 from sft.models import load_config
 from sft.recipe.schema import ModelSpec
@@ -58,6 +59,32 @@ def class_number(label: Any, names: Sequence[str]) -> int:
         f"task.labels: got the label {label!r} in the data, allowed is {', '.join(names)}; name "
         "it, or mend the data"
     )
+
+
+def check_labels(
+    rows: Any, column: str, names: Sequence[str], at: Origin | None, format: str
+) -> None:
+    """Check that every label is that of a class.
+
+    Args:
+        rows: a data set.
+        column: of labels.
+        names: of the classes.
+        at: where the rows were read.
+        format: of the rows.
+
+    Raises:
+        UserError: one is not; names its file and line.
+    """
+    for label in sorted(set(_flat(rows[column])), key=_natural):
+        try:
+            class_number(label, names)
+        except UserError:
+            place = f"{at.place(format, column, label)}: " if at is not None else ""
+            raise UserError(
+                f"{place}{column}: got {label!r}, allowed is {', '.join(names)}, the classes of "
+                "training; mend the row, or name the classes by task.labels"
+            ) from None
 
 
 def with_labels(spec: ModelSpec, names: Sequence[str] | None, kind: str | None = None) -> Any:

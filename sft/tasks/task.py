@@ -43,6 +43,15 @@ class Task(Protocol):
     def trainer_class(self) -> type:
         """Return the trainer, with our mix-in before it."""
 
+    def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
+        """Raise UserError where the values of examples do not fit the task or its metrics.
+
+        Args:
+            examples: read.
+            metrics: that they will be measured by.
+            key: that names the metrics.
+        """
+
     def load_processor(self, spec: ModelSpec) -> Any:
         """Load the tokenizer or the image processor of the model."""
 

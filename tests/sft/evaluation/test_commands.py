@@ -105,14 +105,18 @@ def test_a_model_is_measured_by_a_recipe_or_by_data(folder, tiny_model, tmp_path
         (["{model}"], "is of no run; give --data or --recipe"),
         (["{run}/merged", "--compare"], "--compare: {run}/merged is a whole model"),
         (["{run}/merged", "--base", "x"], "--base: got x, but {run}/merged is a whole model"),
-        (["{run}", "--data", "none.jsonl"], "none.jsonl"),
+        (["{run}", "--data", "none.jsonl"], "--data: none.jsonl: no such file"),
+        (["{run}", "--data", "{bad}"], "--data: {bad}:2: 'prompt' is missing; mend the row"),
     ],
-    ids=["metric", "no-data", "no-base", "whole", "no-file"],
+    ids=["metric", "no-data", "no-base", "whole", "no-file", "bad-row"],
 )
-def test_what_cannot_be_measured_is_one_line(folder, tiny_model, arguments, message):
-    places = {"run": folder, "model": tiny_model}
+def test_what_cannot_be_measured_is_one_line(folder, tiny_model, tmp_path, arguments, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "one", "completion": "two"}\n{"prompt": null, "completion": "x"}\n')
+    places = {"run": folder, "model": tiny_model, "bad": bad}
     printed = refused("eval", *(argument.format(**places) for argument in arguments))
     assert message.format(**places) in printed
+    assert "data.train" not in printed and "data.on_bad_row" not in printed
 
 
 def test_a_run_that_has_not_ended_is_named(folder, tmp_path):
