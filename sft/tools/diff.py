@@ -26,7 +26,7 @@ def run(first: str, second: str, *, base: str | None, modules: bool, as_json: bo
         as_json: print data alone.
     """
     if base is None and not _names_base(first) and not _names_base(second):
-        found = describe_changes(ModelChanges(first, second))
+        found = describe_changes(ModelChanges(first, second, keys=("A", "B")))
         if as_json:
             print(json.dumps({"first": first, "second": second, **found}, indent=2))
         else:

@@ -140,14 +140,17 @@ class ModelChanges:
     Args:
         model: hub id, folder or embedded name.
         base: the other one.
+        keys: what errors call both: where the user gave them.
     """
 
     model: str
     base: str
     method: str = "model"
+    keys: tuple[str, str] = ("model", "--base")
 
     def __post_init__(self) -> None:
-        self._new, self._old = Weights(self.model, key=self.model), Weights(self.base)
+        self._new = Weights(self.model, key=self.keys[0])
+        self._old = Weights(self.base, key=self.keys[1])
         self._keys = [key for key in self._new.names() if self._is_weight(key)]
 
     def names(self) -> list[str]:

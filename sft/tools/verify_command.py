@@ -21,6 +21,8 @@ def run(folder: Path, *, base: str | None, support: str | None, as_json: bool) -
         support: the start of the hash that its support must have.
         as_json: print data alone.
     """
+    if support == "":
+        raise UserError("--support: got nothing; give the start of a SHA-256, or leave it out")
     if is_delta(folder):
         if support is not None:
             raise UserError("--support: a delta notes its own hashes; leave it out")

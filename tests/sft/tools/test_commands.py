@@ -68,6 +68,8 @@ def test_verify_exits_with_one(run, saved) -> None:
     assert run("verify", folder).exit_code == 0
     found = run("verify", folder, "--support", "beef")
     assert found.exit_code == 1 and "support   FAILED" in found.stdout
+    nothing = run("verify", folder, "--support", "")
+    assert nothing.exit_code == 2 and nothing.stderr.startswith("sft: --support: got nothing")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,15 @@ def test_what_is_not_there_is_one_line(run, monkeypatch, tmp_path, arguments) ->
     found = run(*arguments)
     assert found.exit_code == 2 and len(found.stderr.splitlines()) == 1, found.output
     assert found.stderr.startswith("sft: ")
+
+
+@pytest.mark.parametrize("place", ["A", "B"])
+def test_diff_names_what_is_not_there_once(run, monkeypatch, tmp_path, base, place) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"A": ("./nowhere", base), "B": (base, "./nowhere")}[place]
+    found = run("diff", *given)
+    assert found.exit_code == 2
+    assert found.stderr == f"sft: {place}: ./nowhere: no such folder\n"
 
 
 def test_schema_is_written_with_its_hint(run, tmp_path) -> None:
