@@ -92,8 +92,13 @@ def export_adapter(
             )  # fmt: skip
     model = load_trained(adapter, base)
     if not is_quantized(model):
-        return export_checked(model, processor, to, cast, max_shard_size=max_shard_size)
-    return _packed(model, processor, to, quantized or "dequantize", spec.name, cast, say)
+        return export_checked(
+            model, processor, to, cast, verify=verify, max_shard_size=max_shard_size
+        )
+    return _packed(
+        model, processor, to, quantized or "dequantize", base=spec.name, dtype=cast,
+        verify=verify, max_shard_size=max_shard_size, say=say,
+    )  # fmt: skip
 
 
 def _by_shards(
@@ -139,17 +144,20 @@ def _packed(
     processor: Any,
     to: Path,
     mode: str,
+    *,
     base: str,
     dtype: torch.dtype | None,
+    verify: bool,
+    max_shard_size: str,
     say: Say,
-) -> float:
+) -> float | None:
     """Merge over a packed base in the way asked for, and say what that changed."""
     kind = type(model.get_base_model())
     difference, error = export_quantized(
-        model, processor, to, mode, [probe_for(model, processor)], dtype=dtype,
+        model, processor, to, mode, [probe_for(model, processor)], verify=verify, dtype=dtype,
+        max_shard_size=max_shard_size,
         reference=lambda: load_model(ModelSpec(name=base), "--base", kind=kind),
     )  # fmt: skip
     for line in error.lines():
         say(line)
-    assert difference is not None
     return difference

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sft.errors import UserError
 from sft.export.loaded import DTYPES, cast_of
 from sft.export.merged import export_checked
+from sft.export.shards import SHARD
 from sft.models import load_model, load_tokenizer
 from sft.recipe.schema import ModelSpec
 from sft.whole import refuse_target, written_whole
@@ -110,8 +111,15 @@ def apply_delta(model: nn.Module, folder: Path) -> None:
 
 
 def export_delta(
-    folder: Path, *, base: str | None, to: Path, dtype: str = "auto", overwrite: bool = False
-) -> float:
+    folder: Path,
+    *,
+    base: str | None,
+    to: Path,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    verify: bool = True,
+    max_shard_size: str = SHARD,
+) -> float | None:
     """Write base and delta as a stock model, reload it and compare logits.
 
     Args:
@@ -120,9 +128,12 @@ def export_delta(
         to: folder to write.
         dtype: cast of the merged weights; "auto" keeps the base's.
         overwrite: replace `to` when it is filled.
+        verify: reload and compare.
+        max_shard_size: of a file of weights.
 
     Returns:
-        The largest |logit difference| between the reloaded model and the one in memory.
+        The largest |logit difference| between the reloaded model and the one in memory, if
+        compared.
 
     Raises:
         UserError: the delta is damaged or not of this base, or `to` may not be written.
@@ -138,7 +149,8 @@ def export_delta(
     spec = ModelSpec(name=name, revision=revision, dtype=known)
     model = load_model(spec, "--base")
     apply_delta(model, folder)
-    return export_checked(model, load_tokenizer(spec, "--base"), to, cast)
+    tokenizer = load_tokenizer(spec, "--base")
+    return export_checked(model, tokenizer, to, cast, verify=verify, max_shard_size=max_shard_size)
 
 
 def differing(old: Tensor, new: Tensor) -> Tensor:

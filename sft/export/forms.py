@@ -97,7 +97,8 @@ def _merged(source: Source, request: Request, say: Say) -> str:
     elif source.kind == "delta":
         difference = export_delta(
             source.folder, base=source.base, to=request.to, dtype=request.dtype,
-            overwrite=request.overwrite,
+            overwrite=request.overwrite, verify=request.verify,
+            max_shard_size=request.max_shard_size,
         )  # fmt: skip
     else:
         difference = _rewritten(source, request, say)

@@ -59,8 +59,9 @@ def export_checked(
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
+    verify: bool = True,
     max_shard_size: str = SHARD,
-) -> float:
+) -> float | None:
     """Merge, write, reload with stock transformers, and compare logits on a sentence.
 
     Args:
@@ -68,14 +69,19 @@ def export_checked(
         tokenizer: As for `export_merged`.
         folder: As for `export_merged`.
         dtype: Cast the merged weights, default: as they are.
+        verify: Reload and compare.
         max_shard_size: Of a file of weights.
 
     Returns:
-        The largest |logit difference| between the reloaded model and the one in memory.
+        The largest |logit difference| between the reloaded model and the one in memory, if
+        compared.
 
     Raises:
         UserError: It is larger than merging explains.
     """
+    if not verify:
+        export_merged(model, tokenizer, folder, dtype=dtype, max_shard_size=max_shard_size)
+        return None
     batches = [probe_for(model, tokenizer)]
     expected = trained_logits(model, batches)
     bound = merging_bound(model, expected)

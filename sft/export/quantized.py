@@ -30,6 +30,7 @@ from sft.export.merged import (
     trained_logits,
     verify_merged,
 )
+from sft.export.shards import SHARD
 
 MODES = ("dequantize", "requantize", "reference")
 ERROR_FILE = "merge_error.json"
@@ -126,6 +127,7 @@ def export_quantized(
     verify: bool = True,
     dtype: torch.dtype | None = None,
     reference: Callable[[], Any] | None = None,
+    max_shard_size: str = SHARD,
 ) -> tuple[float | None, MergeError]:
     """Merge, write the stock model with its errors beside it, reload it and compare logits.
 
@@ -138,6 +140,7 @@ def export_quantized(
         verify: reload the folder.
         dtype: as for `merge_quantized`.
         reference: as for `merge_quantized`.
+        max_shard_size: of a file of weights.
 
     Returns:
         The largest |logit difference| between the folder and what was merged, and what merging
@@ -151,7 +154,7 @@ def export_quantized(
         if verify:
             found.append(verify_merged(path, batches, expected))
 
-    export_merged(merged, tokenizer, folder, check=check)
+    export_merged(merged, tokenizer, folder, check=check, max_shard_size=max_shard_size)
     return (found[0] if found else None), error
 
 

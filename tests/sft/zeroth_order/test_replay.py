@@ -173,6 +173,21 @@ def test_a_delta_holds_what_changed_and_nothing_else(runs, tiny_model, tmp_path)
     assert (tiny_model / MODEL).read_bytes() == before
 
 
+def test_a_delta_is_merged_in_small_files_and_unverified_where_asked(runs, tmp_path) -> None:
+    run = runs("masked", "zeroth_order.sparsity=0.75", "model.dtype=bfloat16")
+    replay(run, to=tmp_path / "delta", form="delta")
+    options = ["--to", "merged", "--max-shard-size", "20KB", "--no-verify"]
+    result = command("export", tmp_path / "delta", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "a stock model\n" in result.output and "logit difference" not in result.output
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 1
+    parts = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    merged = load_file(run / "merged" / MODEL)
+    assert parts.keys() == merged.keys()
+    assert all(torch.equal(parts[name], merged[name]) for name in merged)
+
+
 @pytest.fixture
 def other_base(tiny_model, tmp_path):
     """Write the base with one weight changed in its last bit."""
