@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sft.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_target(
@@ -41,8 +44,10 @@ def refuse_target(
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary sibling that replaces `folder` when the block ends without an error.
 
+    A folder that is replaced steps aside first, and is deleted once the new one has its name.
+
     Raises:
-        UserError: there is no writing where it lies.
+        UserError: there is no writing where it lies, or no room.
     """
     folder = folder.absolute()
     try:
@@ -53,11 +58,30 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        _replace(folder, temporary)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); free some space"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Give a folder's name to another one beside it."""
+    if not folder.is_dir():
+        os.replace(new, folder)
+        return
+    aside = new.with_name(f"{new.name}-old")
+    os.replace(folder, aside)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -57,11 +57,14 @@ def plot(target: Path, out: Path, base: str | None = None) -> list[str]:
 def read_log(path: Path) -> dict[str, list[Point]]:
     """Return the numbers of a run's log as (step, value), by key.
 
+    A last line without an end was cut short when the run was killed; it is left out.
+
     Raises:
         UserError: a line is no JSON object.
     """
     found: dict[str, list[Point]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             entry = json.loads(line)
             step = float(entry["step"])

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -154,3 +158,30 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (temporary / "b").write_text("2")
     assert [path.name for path in folder.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_folder_is_there_until_the_new_one_has_its_name(tmp_path, monkeypatch):
+    """Whatever step fails, what was there is there again."""
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    real, moves = os.replace, []
+
+    def failing(source, target):
+        moves.append(Path(source).name)
+        if len(moves) == 2:
+            raise OSError(errno.EIO, "input/output error")
+        real(source, target)
+
+    monkeypatch.setattr("sft.whole.os.replace", failing)
+    with pytest.raises(OSError, match="input"), written_whole(folder) as temporary:
+        (temporary / "b").write_text("2")
+    assert moves[0] == "f" and [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    refused = pytest.raises(UserError, match=r"cannot be written \(.+\); free some space")
+    with refused, written_whole(tmp_path / "f"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,10 @@ def test_what_cannot_be_drawn_is_said(run_folder, saved, tmp_path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         plot(run_folder, tmp_path / "no" / "run.png")
     with (run_folder / "log.jsonl").open("a") as log:
-        log.write("half a li")
+        log.write('{"step": 9, "lo')  # cut short by a kill: left out
+    assert plot(run_folder, tmp_path / "cut.png")
+    with (run_folder / "log.jsonl").open("a") as log:
+        log.write("\n")
     with pytest.raises(UserError, match=r"log\.jsonl:9: is no log line"):
         plot(run_folder, tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()
