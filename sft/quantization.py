@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from sft.errors import UserError
+from sft.errors import UserError, one_line
 from sft.recipe.schema import ModelSpec, QuantizationSpec
 
 RECORD = "base_quantization.json"  # beside an adapter: how the base under it was packed
+RECIPE = "recipe.yaml"  # of a run, which says it for what lies in these folders of it
+INSIDE = ("checkpoint-", "zeroth_order")
 
 
 def loading_arguments(spec: ModelSpec, config: Any, device: str | None = None) -> dict[str, Any]:
@@ -96,17 +98,35 @@ def write_record(folder: Path, spec: ModelSpec) -> None:
 def as_trained(folder: Path, spec: ModelSpec) -> ModelSpec:
     """Return the base of an adapter with the packing it was trained under, if any was noted.
 
+    Args:
+        folder: of an adapter, of a checkpoint, or of the log of a zeroth-order run.
+        spec: the base, unpacked.
+
     Raises:
         UserError: the note is damaged.
     """
-    record = folder / RECORD
-    if not record.is_file():
-        return spec
+    record, recipe = folder / RECORD, folder.absolute().parent / RECIPE
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        if record.is_file():
+            content = json.loads(record.read_text(encoding="utf-8"))
+        elif folder.absolute().name.startswith(INSIDE) and recipe.is_file():
+            record, content = recipe, _packing_of(recipe)
+        else:
+            return spec
         return ModelSpec.model_validate(spec.model_dump() | content)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}); write it again") from error
+
+
+def _packing_of(recipe: Path) -> dict[str, Any]:
+    """Return what a recipe says of packing, as a record has it; nothing where it does not pack."""
+    import yaml
+
+    try:
+        model = dict(yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"])
+    except (yaml.YAMLError, KeyError) as error:
+        raise ValueError(one_line(error)) from error
+    return {key: model[key] for key in ("dtype", "quantization") if model.get("quantization")}
 
 
 def _dtype_of(spec: ModelSpec, config: Any) -> torch.dtype:

@@ -17,6 +17,7 @@ from sft.export.merged import export_checked
 from sft.models import load_model, load_tokenizer
 from sft.optim.zeroth_order.log import ZerothOrderLog
 from sft.optim.zeroth_order.rules import STATEFUL
+from sft.quantization import as_trained, is_quantized, write_record
 from sft.recipe.schema import ModelSpec
 from sft.whole import refuse_target, written_whole
 from sft.zeroth_order.log import START, weights_sha
@@ -74,15 +75,16 @@ def replay(
     count = len(log) if until is None else until
     if not 0 <= count <= len(log):
         raise UserError(f"--until: got {until}, allowed is 0 to {len(log)}, the updates of {path}")
-    spec = _base(log, path, base)
+    spec = as_trained(path.parent, _base(log, path, base))
+    _check_packed(spec, form)
     refuse_target(to, overwrite=overwrite, sources=[path, spec.name])
-    model = _opened(log, path, spec).to(device)
+    model = _opened(log, path, spec, device)
     before = _copies(model, log) if form == "delta" else {}
     replay_onto(model, log, count)
     proven = _proof(model, log, count)
     writers: dict[str, Callable[[], str]] = {
         "merged": lambda: _write_merged(model, _tokenizer(path, spec), to, dtype),
-        "adapter": lambda: _write_adapter(model, _tokenizer(path, spec), to),
+        "adapter": lambda: _write_adapter(model, _tokenizer(path, spec), spec, to),
         "delta": lambda: save_delta(to, before, trained_tensors(model, log), log.header),
     }
     return Replayed(count, proven, writers[form]())
@@ -114,18 +116,28 @@ def _check_request(log: ZerothOrderLog, path: Path, *, form: str, dtype: str, de
             )
 
 
+def _check_packed(spec: ModelSpec, form: str) -> None:
+    """Raise UserError where there are several ways to merge, and none was asked for."""
+    if spec.quantization is not None and form == "merged":
+        raise UserError(
+            f"--format: got merged, but the base is packed ({spec.quantization.bits}); take "
+            "--format adapter, then sft export it --to merged"
+        )
+
+
 def _copies(model: nn.Module, log: ZerothOrderLog) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trained_tensors(model, log).items()}
 
 
-def _opened(log: ZerothOrderLog, path: Path, spec: ModelSpec) -> Any:
-    """Load the base, and the adapter that the run started from."""
+def _opened(log: ZerothOrderLog, path: Path, spec: ModelSpec, device: str) -> Any:
+    """Load the base, and the adapter that the run started from; packed weights do not move."""
     from peft import PeftModel
 
     from sft.adapters import registry
 
     registry.register_all()
-    model = load_model(spec, "--base")
+    model = load_model(spec, "--base", device=device)
+    model = model if is_quantized(model) else model.to(device)
     if not log.header.get("adapter"):
         return model
     start = path.parent / START
@@ -141,7 +153,17 @@ def _opened(log: ZerothOrderLog, path: Path, spec: ModelSpec) -> Any:
             model.load_adapter(str(folder), name)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{start}: does not fit {spec.name}: {one_line(error)[:300]}") from error
+    if spec.quantization is not None:
+        _cast_as_logged(model, log)
     return model
+
+
+def _cast_as_logged(model: nn.Module, log: ZerothOrderLog) -> None:
+    """Give the adapter the type that it was trained in: TRL casts one over a packed base."""
+    own = dict(model.named_parameters())
+    for name, _, dtype, *_ in log.header["trained"]:
+        if name in own:
+            own[name].data = own[name].data.to(getattr(torch, dtype))
 
 
 def _proof(model: nn.Module, log: ZerothOrderLog, count: int) -> bool | None:
@@ -166,9 +188,10 @@ def _write_merged(model: Any, tokenizer: Any, to: Path, dtype: str) -> str:
     return f"reloaded, max |logit difference| {difference:g}"
 
 
-def _write_adapter(model: Any, tokenizer: Any, to: Path) -> str:
+def _write_adapter(model: Any, tokenizer: Any, spec: ModelSpec, to: Path) -> str:
     with written_whole(to) as temporary:
         model.save_pretrained(temporary)
+        write_record(temporary, spec)
         tokenizer.save_pretrained(temporary)
     return "an adapter"
 

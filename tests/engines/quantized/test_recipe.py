@@ -99,6 +99,43 @@ def test_a_recipe_trains_and_exports_over_a_packed_base(recipe, tmp_path):
         load_model(ModelSpec.model_validate({"name": small, "quantization": {"bits": "int8"}}))
 
 
+def sft(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_checkpoint_is_merged_over_the_base_packed_as_in_its_run(recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    saving = ["training.save_strategy=steps", "training.save_steps=2"]
+    trained = sft("train", recipe(), *saving, "--plain")
+    assert trained.exit_code == 0, trained.output
+    export = sft("export", tmp_path / "run/checkpoint-2", "--to", "merged", "--out", tmp_path / "m")
+    assert "dequantize: |weight error| of 14 packed layers" in export.output, export.output
+    one, other = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("m", "run/merged"))
+    assert one == other
+    (tmp_path / "run/recipe.yaml").write_text("model: 3")
+    damaged = sft(
+        "export", tmp_path / "run/checkpoint-2", "--to", "merged", "--out", tmp_path / "n"
+    )
+    assert damaged.exit_code == 2 and "recipe.yaml: is damaged" in damaged.output
+
+
+def test_a_run_by_forward_passes_is_replayed_over_a_packed_base(recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    method = "lora\n  r: 4\n  target_modules: all-linear\nzeroth_order: {}"
+    trained = sft("train", recipe(method=method), "--plain")
+    assert trained.exit_code == 0, trained.output
+    merged = sft("replay", tmp_path / "run", "--to", tmp_path / "m")
+    assert merged.exit_code == 2
+    assert "--format: got merged, but the base is packed (nf4); take --format adapter" in (
+        " ".join(merged.output.split())
+    )
+    adapter = sft("replay", tmp_path / "run", "--to", tmp_path / "a", "--format", "adapter")
+    assert "the weights are the run's, bit for bit" in adapter.output, adapter.output
+    for name in ("adapter_model.safetensors", "base_quantization.json"):
+        one, other = ((tmp_path / folder / name).read_bytes() for folder in ("a", "run/adapter"))
+        assert one == other, name
+
+
 REFUSED = {
     "unknown-bits": ("{bits: nf2}", r"quantization\.bits: got 'nf2'"),
     "unknown-key": ("{bits: nf4, double_quants: true}", "did you mean 'double_quant'"),
