@@ -105,17 +105,21 @@ def as_trained(folder: Path, spec: ModelSpec) -> ModelSpec:
     Raises:
         UserError: the note is damaged.
     """
-    record, recipe = folder / RECORD, folder.absolute().parent / RECIPE
+    record = folder / RECORD
+    if not record.is_file() and folder.absolute().name.startswith(INSIDE):
+        record = folder.absolute().parent / RECIPE
+    if not record.is_file():
+        return spec
     try:
-        if record.is_file():
-            content = json.loads(record.read_text(encoding="utf-8"))
-        elif folder.absolute().name.startswith(INSIDE) and recipe.is_file():
-            record, content = recipe, _packing_of(recipe)
-        else:
-            return spec
+        read = _packing_of if record.name == RECIPE else _noted
+        content = read(record)
         return ModelSpec.model_validate(spec.model_dump() | content)
     except (ValueError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}); write it again") from error
+
+
+def _noted(record: Path) -> dict[str, Any]:
+    return dict(json.loads(record.read_text(encoding="utf-8")))
 
 
 def _packing_of(recipe: Path) -> dict[str, Any]:
