@@ -131,7 +131,7 @@ def install_torch() -> None:
 
 def install_project() -> None:
     """Install this checkout in editable mode with all that its demo and its checks need."""
-    pip("-c", str(CONSTRAINTS), "-e", f"{ROOT}[demo,plot,quant,deepspeed,docs,dev]")
+    pip("-c", str(CONSTRAINTS), "-e", f"{ROOT}[demo,plot,image,quant,deepspeed,docs,dev]")
 
 
 def install_demo_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from sft.data.bad_rows import BadRows
 from sft.data.by_hand import LINES, row_lines
 from sft.data.files import quiet
 from sft.data.formats import KNOWN, Format
+from sft.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def canonicalise(piece: Piece, format: str, bad: BadRows, *, chat: bool) -> Any:
         format: that its columns spell.
         bad: told of malformed rows.
         chat: whether the task reads conversations.
+
+    Raises:
+        UserError: there are images, and nothing to open them with.
     """
     kind = KNOWN[format]
     needed = kind.chosen(piece.rows.column_names)
@@ -52,6 +57,7 @@ def canonicalise(piece: Piece, format: str, bad: BadRows, *, chat: bool) -> Any:
         {theirs: ours for theirs, ours in zip(needed, wanted, strict=True) if theirs != ours}
     )
     if format == "image_classification":
+        _check_pillow(bad.key)
         rows = _images(rows, piece)
     if not (kind.texts and _texts_alone(rows, wanted)):
         rows = _checked(rows, piece, kind, bad, chat)
@@ -88,6 +94,11 @@ def _texts_alone(rows: Any, columns: list[str]) -> bool:
         and table.column(name).null_count == 0
         for name in columns
     )
+
+
+def _check_pillow(key: str) -> None:
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError(f'{key}: images need the package pillow: pip install "sparse-sft[image]"')
 
 
 def _images(rows: Any, piece: Piece) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import types
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,27 @@ def test_images_open(tmp_path, kind):
         load_data(DataSpec(train=str(table)), 0, ("image_classification",))
     skipping = DataSpec(train=str(table), on_bad_row="skip")
     assert len(load_data(skipping, 0, ("image_classification",)).train) == 2
+
+
+def test_images_without_pillow_name_the_extra(tmp_path, monkeypatch):
+    import importlib.util
+
+    from PIL import Image
+
+    from sft.data.load import load_data
+    from sft.data.spec import DataSpec
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    table = tmp_path / "rows.csv"
+    table.write_text("image,label\na.png,x\n")
+    there = importlib.util.find_spec
+    missing = lambda name, *given: None if name == "PIL" else there(name, *given)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    with pytest.raises(UserError) as caught:
+        load_data(DataSpec(train=str(table)), 0, ("image_classification",))
+    (extra,) = re.findall(r"data.train: .* pip install \"sparse-sft\[(\w+)\]", str(caught.value))
+    pyproject = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'\n{extra} = ["pillow' in pyproject
 
 
 def test_a_mistake_of_the_user_is_said_once(recipe_of, monkeypatch):
