@@ -64,7 +64,7 @@ def recipe_of(case: str, output: str) -> Recipe:
     """Return the recipe of a case."""
     settings = [f"training.output_dir={output}", f"training.max_steps={UPDATES}"]
     if case == "sltrain from scratch":
-        return load_recipe("sltrain-pretrain", settings)
+        return load_recipe("sltrain_pretrain", settings)
     recipe = load_recipe("quickstart", [*settings, *MORE.get(case, [])])
     return variant(recipe, case) if case in METHODS else recipe
 

@@ -17,8 +17,8 @@ def section(result: dict[str, Any]) -> str:
         f"LoRA r=16 holds {saved['lora']:.0f} MiB. The error is of a layer's gradient in the "
         "quickstart, |g' - g| / |g|, median and largest of all layers: of one draw, and of a mean "
         "of draws, which falls as rounding without bias does. From one batch to the next the "
-        f"gradient itself changes by {batch['median']:.2f} in the same measure. Then the "
-        "quickstart as a whole, one figure a seed.\n",
+        f"gradient itself changes by {batch['median']:.2f} in the same measure. Then whole runs on "
+        "the quickstart's words, 1 % of all linear layers, one figure a seed.\n",
         "| `saved_inputs` | kept | to LoRA | error | of a mean | phoneme error rate | nll |",
         "|---" * 7 + "|",
     ]

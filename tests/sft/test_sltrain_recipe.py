@@ -63,6 +63,6 @@ def test_the_configuration_is_the_named_models(tiny_model) -> None:
 
 
 def test_shipped_recipes_resolve() -> None:
-    beside, scratch = load_recipe("sltrain"), load_recipe("sltrain-pretrain")
+    beside, scratch = load_recipe("sltrain"), load_recipe("sltrain_pretrain")
     assert (beside.method["form"], scratch.method["form"]) == ("finetune", "pretrain")
     assert torch.float32 == getattr(torch, scratch.model.dtype)
