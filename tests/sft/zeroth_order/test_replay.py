@@ -158,16 +158,8 @@ def test_a_delta_holds_what_changed_and_nothing_else(runs, tiny_model, tmp_path)
     assert 0.15 < share < 0.27
     assert f"{100 * share:.2f} %" in done.detail
     before = (tiny_model / MODEL).read_bytes()
-    result = command(
-        "export",
-        tmp_path / "delta",
-        "--base",
-        tiny_model,
-        "--to",
-        "merged",
-        "--out",
-        tmp_path / "out",
-    )
+    options = ["--base", tiny_model, "--to", "merged", "--out", tmp_path / "out"]
+    result = command("export", tmp_path / "delta", *options)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / MODEL).read_bytes() == (run / "merged" / MODEL).read_bytes()
     assert (tiny_model / MODEL).read_bytes() == before
