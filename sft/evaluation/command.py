@@ -24,11 +24,11 @@ from sft.evaluation.target import (
     Target,
     as_tuned,
     find_target,
-    has_classes,
     open_processor,
     open_target,
     task_of,
 )
+from sft.tasks.find import has_classes
 from sft.tasks.task import Task
 
 

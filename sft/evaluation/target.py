@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from sft.class_names import read_labels
 from sft.data.load import Examples
 from sft.errors import UserError, one_line
 from sft.export.delta import CONTENT, apply_delta, is_delta
@@ -17,7 +18,7 @@ from sft.quantization import as_trained, is_quantized
 from sft.recipe.load import load_recipe
 from sft.recipe.schema import ModelSpec, Recipe
 from sft.run.folder import ADAPTER, MERGED, RECIPE, RECORD
-from sft.tasks.find import build_task, task_classes
+from sft.tasks.find import build_task, has_classes, task_classes
 from sft.tasks.task import Task
 from sft.tools.opened import SETTINGS, find_adapter, read_settings
 
@@ -78,16 +79,13 @@ def task_of(target: Target) -> Task:
     section = dict(target.recipe.task if target.recipe is not None else {"name": target.task})
     whole = target.adapter is None and target.delta is None and Path(target.spec.name).is_dir()
     name = section["name"]
+    if target.recipe is None and target.adapter is not None and has_classes(task_classes()[name]):
+        section["labels"] = read_labels(target.adapter)
     if whole and has_classes(task_classes()[name]) and _task_of_model(target.spec) == name:
         config = load_config(target.spec)
         if config.problem_type != "regression":
             section["labels"] = [config.id2label[i] for i in range(config.num_labels)]
     return build_task(section)
-
-
-def has_classes(task: Task | type[Task]) -> bool:
-    """Tell whether a task puts a head for the classes of its data on a model."""
-    return "labels" in task.options_class.model_fields
 
 
 def open_target(

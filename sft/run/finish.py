@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft.class_names import write_labels
 from sft.errors import UserError
 from sft.export.card import Facts, read_run, write_card
 from sft.export.loaded import cast_of
@@ -15,6 +16,7 @@ from sft.export.merged import export_merged, logits_of, merge, merging_bound, ve
 from sft.export.quantized import export_quantized
 from sft.quantization import is_quantized, write_record
 from sft.run import folder as run_folder
+from sft.tasks.find import has_classes
 from sft.whole import written_whole
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ def save_adapter(job: Job) -> None:
         job.model.save_pretrained(temporary)
         job.processor.save_pretrained(temporary)
         write_record(temporary, job.recipe.model)
+        config: Any = getattr(job.model, "config", None)
+        if has_classes(job.task) and config.problem_type != "regression":
+            write_labels(temporary, config)
         job.phases.note(f"adapter in {folder}")
 
 

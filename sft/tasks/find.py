@@ -29,3 +29,8 @@ def build_task(section: dict[str, Any]) -> Task:
     options = dict(section)
     kind = task_classes()[options.pop("name")]
     return kind(kind.options_class.model_validate(options))
+
+
+def has_classes(task: Task | type[Task]) -> bool:
+    """Tell whether a task puts a head for the classes of its data on a model."""
+    return "labels" in task.options_class.model_fields

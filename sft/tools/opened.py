@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sft.adapters import registry
+from sft.class_names import read_labels
 from sft.errors import UserError, one_line
 from sft.models import load_config, locate
 from sft.recipe.schema import ModelSpec
@@ -157,6 +158,10 @@ def _shapes(place: Path, settings: dict[str, Any], name: str) -> Any:
     labels = _labels(place, settings)
     if labels is not None:
         config.num_labels = labels
+        names = read_labels(place) or ()
+        if len(names) == labels:
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: number for number, name in enumerate(names)}
     try:
         with torch.device("meta"):
             model = owner.from_config(config) if hasattr(owner, "from_config") else owner(config)

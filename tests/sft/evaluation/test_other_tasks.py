@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sft.errors import UserError
 from sft.evaluation.command import evaluate_target
+from sft.export.forms import Request, export
 from sft.recipe.load import load_recipe
 from sft.run.job import train_from_recipe
 
@@ -70,6 +71,30 @@ def test_a_saved_classifier_keeps_its_classes(tmp_path, tiny_model):
     assert found["task"] == "classification"
     same = evaluate_target(str(result.output_dir), data=str(few))
     assert found["metrics"] == pytest.approx(same["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["classification", "token-classification"])
+def test_an_adapter_alone_keeps_its_classes(tmp_path, tiny_model, task):
+    import peft
+    from transformers import AutoConfig
+
+    result, _ = trained(tmp_path, tiny_model, task)
+    few = tmp_path / "few.jsonl"  # has not all of the classes
+    few.write_text("".join(json.dumps(r) + "\n" for r in ROWS[task][1:4]))
+    known = evaluate_target(str(result.output_dir), data=str(few))
+    alone = (result.output_dir / "adapter").rename(tmp_path / "alone")
+    found = evaluate_target(str(alone), data=str(few))
+    assert found["metrics"] == pytest.approx(known["metrics"], rel=1e-4)
+    export(alone, "merged", Request(to=tmp_path / "merged"), lambda line: None)
+    names = AutoConfig.from_pretrained(tmp_path / "merged").id2label
+    assert names == AutoConfig.from_pretrained(result.output_dir / "merged").id2label
+    assert json.loads((alone / "labels.json").read_text()) == list(names.values())
+    head = {"classification": "Sequence", "token-classification": "Token"}[task]
+    stock = getattr(peft, f"AutoPeftModelFor{head}Classification")
+    assert stock.from_pretrained(alone, num_labels=len(names)).num_labels == len(names)
+    (alone / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match=r"labels.json: is damaged \(expected a list of names\)"):
+        evaluate_target(str(alone), data=str(few))
 
 
 def test_a_model_without_a_head_is_not_measured_by_a_random_one(tmp_path, tiny_model):
