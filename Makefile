@@ -39,7 +39,7 @@ test-engines: env  ## sharded runs, offload and quantised bases end to end (slow
 
 test-recipes: env  ## every small recipe, whole, on the real model (up to 25 minutes)
 	@echo "== tests: recipes"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m recipes --durations 0 tests/recipes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m recipes --durations 0 tests/recipes
 
 test-gpu: env  ## the cases of every kernel on this machine's GPU
 	@echo "== tests: kernels on the GPU"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -15,6 +15,8 @@ from sft.adapters.calibration import Calibration
 from sft.adapters.labels import count_labels
 from sft.adapters.layer import sparse_layers
 from sft.adapters.ranks import ALONE, Ranks
+
+Objective = Callable[[Any], Tensor]
 
 
 def pending_adapters(model: nn.Module) -> list[str]:
@@ -29,6 +31,7 @@ def calibrate(
     ranks: Ranks = ALONE,
     *,
     accumulate: bool = True,
+    objective: Objective | None = None,
 ) -> int:
     """Run batches and choose the adapter's support by what they show.
 
@@ -42,6 +45,8 @@ def calibrate(
         adapter: its name.
         ranks: processes that read different batches, as many each, and choose by all of them.
         accumulate: let gradients reach the parameters; False where an engine counts those that do.
+        objective: returns the loss of a batch that has no labels, such as one of preferences;
+            without one, the model alone says what a loss is.
 
     Returns:
         The number of batches read.
@@ -65,7 +70,8 @@ def calibrate(
     model.eval()
     calibration.open()
     try:
-        count = _run(model, islice(batches, wanted), calibration, accumulate=accumulate)
+        chosen = islice(batches, wanted)
+        count = _run(model, chosen, calibration, objective, accumulate=accumulate)
     finally:
         calibration.close()
         model.train(training)
@@ -82,9 +88,9 @@ def _length(batches: Any) -> int | None:
         return None
 
 
-def _share(model: Any, batch: Mapping[str, Any], ranks: Ranks) -> float:
+def _share(model: Any, batch: Any, ranks: Ranks) -> float:
     """Return by what a rank's mean loss counts more than the others': by its labels."""
-    labels = batch.get("labels")
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if ranks.count == 1 or not isinstance(labels, Tensor):
         return 1.0
     mine = float(count_labels(model, labels))
@@ -94,19 +100,19 @@ def _share(model: Any, batch: Mapping[str, Any], ranks: Ranks) -> float:
 
 def _run(
     model: Any,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Any],
     calibration: Calibration,
+    objective: Objective | None,
     *,
     accumulate: bool,
 ) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = 0
     for batch in batches:
-        calibration.before_batch(batch)
+        calibration.before_batch(batch if isinstance(batch, Mapping) else {})
         with nullcontext() if calibration.backward else torch.no_grad():
-            output = model(**batch)
+            loss = _forward(model, batch, objective, backward=calibration.backward)
         if calibration.backward:
-            loss = getattr(output, "loss", None)
             if loss is None:
                 raise ValueError("calibration: the batches give no loss; they need labels")
             loss = loss * _share(model, batch, calibration.ranks)
@@ -118,3 +124,11 @@ def _run(
     if count == 0:
         raise ValueError("calibration: got no batches; pass at least one")
     return count
+
+
+def _forward(model: Any, batch: Any, objective: Objective | None, *, backward: bool) -> Any:
+    """Run a batch; return its loss, or None where nobody knows one."""
+    prompts = not isinstance(batch, Mapping)  # rows, of which a trainer makes what the model reads
+    if objective is not None and (prompts or (backward and "labels" not in batch)):
+        return objective(batch)
+    return getattr(model(**batch), "loss", None)

@@ -28,6 +28,9 @@ ALWAYS = (  # all take the same steps and words; what is measured needs no expor
     "training.max_steps=80", "evaluation.num_examples=100", "export.merged=false",
     "export.verify=false",
 )  # fmt: skip
+KEPT = (
+    "before", "after", "forgetting", "trained_weights", "all_weights", "steps", "train_loss",
+)  # fmt: skip
 EVERYWHERE = ("method.target_modules=all-linear", "method.density=0.01")
 # case: its recipe, what it changes there, the rates
 CASES: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
@@ -49,8 +52,7 @@ def run(case: str, rate: float) -> dict[str, Any]:
         own = (f"training.output_dir={scratch}/run", f"training.learning_rate={rate}")
         train_from_recipe(load_recipe(str(RECIPES / f"{name}.yaml"), [*ALWAYS, *changes, *own]))
         found = json.loads((Path(scratch) / "run/run.json").read_text())
-    kept = {key: found[key] for key in ("before", "after", "steps", "train_loss", "forgetting")}
-    return {"case": case, "learning_rate": rate, **kept}
+    return {"case": case, "learning_rate": rate, **{key: found[key] for key in KEPT}}
 
 
 def runs(cases: list[str], jobs: int) -> Iterator[dict[str, Any]]:

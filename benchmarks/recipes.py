@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     name = "test_a_small_recipe_keeps_its_promise"
     chosen = [f"{TESTS}::{name}[{only}]" for only in args.only] if args.only else [str(TESTS)]
-    spread = ["-n", str(args.jobs)] if args.jobs > 1 else []
+    spread = ["-n", str(args.jobs), "--dist", "worksteal"] if args.jobs > 1 else []
     sys.exit(pytest.main([*chosen, "-m", "recipes", *spread, "--results", str(args.out)]))
 
 

@@ -19,6 +19,7 @@ import report_methods
 import report_performance
 import report_plan
 import report_quantized
+import report_rates
 import report_recipes
 import report_saved_inputs
 import report_zeroth_order
@@ -109,7 +110,7 @@ def recipes_section(result: dict[str, Any]) -> str:
         "| logits moved by merging | training |",
         "|---" * 8 + "|",
     ]
-    spelled = {k: run for k, run in result["recipes"].items() if "_" not in k}
+    spelled = {k: run for k, run in result["recipes"].items() if report_recipes.spells(k)}
     for name, run in spelled.items():
         before, after = run["before"], run["after"]
         change = " | ".join(
@@ -232,6 +233,7 @@ def _machine(result: dict[str, Any]) -> str:
 SECTIONS = {
     "quickstart": quickstart_section,
     "recipes": recipes_section,
+    "rates": report_rates.section,
     "switching": switching_section,
     "saved_inputs": report_saved_inputs.section,
     "quantized": report_quantized.section,
@@ -254,7 +256,7 @@ def page() -> str:
     cells, found = method_results.read(), results()
     methods = [report_methods.section(cells)] if method_results.MAIN in cells else []
     own = {name: section(found[name]) for name, section in SECTIONS.items() if name in found}
-    first = [own.pop(name) for name in ("quickstart", "recipes") if name in own]
+    first = [own.pop(name) for name in ("quickstart", "recipes", "rates") if name in own]
     return "\n".join([HEADER, *first, *methods, *own.values()])
 
 

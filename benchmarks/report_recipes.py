@@ -25,10 +25,10 @@ def tables(measured: dict[str, Any]) -> str:
     rows = [
         "## Small ones\n",
         "SmolLM2-135M, on the data embedded in the package. Measured by "
-        "`python benchmarks/recipes.py`, one run each, most on one thread beside other work: the "
-        "minutes are at most that.\n",
-        "| recipe | task | method | trained | expected | measured | minutes |",
-        "|---" * 7 + "|",
+        "`python benchmarks/recipes.py --jobs 2`, one run each, two at a time with a core each: "
+        "the minutes are of one core. The loss on general text tells what was forgotten.\n",
+        "| recipe | task | method | trained | expected | measured | general text | minutes |",
+        "|---" * 8 + "|",
         *(_small(name, r, measured["recipes"].get(name)) for name, r in small.items()),
         "",
         "## Large ones\n",
@@ -45,7 +45,7 @@ def _small(name: str, recipe: dict[str, Any], run: dict[str, Any] | None) -> str
     bounds = ", ".join(f"{k} {v}" for k, v in expected.get("metrics", {}).items())
     cells = [f"`{name}`", task(recipe), method(recipe)]
     if run is None:
-        return f"| {' | '.join([*cells, '', bounds, '', str(expected.get('minutes', ''))])} |"
+        return f"| {' | '.join([*cells, '', bounds, '', '', str(expected.get('minutes', ''))])} |"
     found = ", ".join(
         f"{key} {run['before'][key]:.2f} → {value:.2f}"
         for key, value in run["after"].items()
@@ -53,7 +53,9 @@ def _small(name: str, recipe: dict[str, Any], run: dict[str, Any] | None) -> str
     )
     minutes = sum(run["seconds"].values()) / 60
     trained = f"{run['trained_weights'] / run['all_weights']:.2%}"
-    return f"| {' | '.join([*cells, trained, bounds, found, f'{minutes:.1f}'])} |"
+    text = run.get("forgetting") or {}
+    loss = f"{text['loss_before']:.2f} → {text['loss_after']:.2f}" if text else ""
+    return f"| {' | '.join([*cells, trained, bounds, found, loss, f'{minutes:.1f}'])} |"
 
 
 def _large(name: str, recipe: dict[str, Any]) -> str:
@@ -61,6 +63,12 @@ def _large(name: str, recipe: dict[str, Any]) -> str:
     memory = f"{expected['memory_gb']:g} GB" if "memory_gb" in expected else ""
     cells = [f"`{name}`", recipe["model"]["name"], task(recipe), method(recipe), memory]
     return f"| {' | '.join([*cells, expected.get('source', '')])} |"
+
+
+def spells(name: str) -> bool:
+    """Tell whether a recipe trains on the quickstart's words."""
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    return bool(recipe["data"].get("train") == "cmudict")
 
 
 def task(recipe: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sft.adapters.base import SparseTuner
-from sft.adapters.calibrate import calibrate, pending_adapters
+from sft.adapters.calibrate import Objective, calibrate, pending_adapters
 from sft.adapters.dynamics import Dynamics
 from sft.adapters.gathered import gathered
 from sft.adapters.ranks import Ranks
@@ -67,6 +67,7 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
         self.replaced: dict[int, int] = {}
         self._dynamics: dict[str, Dynamics] = {}
         self.engine: Engine | None = None  # set by a trainer that knows it
+        self.objective: Objective | None = None  # likewise
         self._ends: tuple[int, ...] = ()
         self._engine: Engine | None = None
         self._proximal: Removable | None = None
@@ -124,8 +125,19 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, model, tuner)
         else:
             with without_updates(optimizer):
-                _calibrate_pending(model, kwargs["train_dataloader"], engine)
+                self._calibrate_pending(model, kwargs["train_dataloader"], engine)
         _check_alike(model, engine.ranks)
+
+    def _calibrate_pending(self, model: nn.Module, batches: Any, engine: Engine) -> None:
+        # the loader draws its shuffle from the global generator: training must not notice
+        for name in pending_adapters(model):
+            with torch.random.fork_rng():
+                # DeepSpeed takes each gradient that reaches a parameter for one of the update's
+                own = engine.name != "deepspeed"
+                count = calibrate(
+                    model, batches, name, engine.ranks, accumulate=own, objective=self.objective
+                )
+            logger.info("adapter %s: support chosen by %d batches", name, count)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -287,16 +299,6 @@ class SparseCallback(TrainerCallback):  # type: ignore[misc]
 
 def _settings(tuner: SparseTuner, state: TrainerState) -> dict[str, dict[str, Any]]:
     return {**method_settings(tuner), "trainer": {"max_steps": state.max_steps}}
-
-
-def _calibrate_pending(model: nn.Module, batches: Any, engine: Engine) -> None:
-    # the loader draws its shuffle from the global generator: training must not notice
-    for name in pending_adapters(model):
-        with torch.random.fork_rng():
-            # DeepSpeed takes each gradient that reaches a parameter for one of the update's
-            own = engine.name != "deepspeed"
-            count = calibrate(model, batches, name, engine.ranks, accumulate=own)
-        logger.info("adapter %s: support chosen by %d batches", name, count)
 
 
 def check_processes(running: list[Dynamics], ranks: Ranks) -> None:

@@ -35,6 +35,7 @@ from sft.processes import check_in_touch
 from sft.reference import ReferenceMixin
 from sft.rotation import RotateCheckpoints, RotationMixin
 from sft.stages import stage_ends, staged_scheduler
+from sft.undisturbed import uncounted
 from sft.updates import per_layer, wants_per_layer
 from sft.zeroth_order.log import ZerothOrderLogCallback
 from sft.zeroth_order.training import ZerothOrder
@@ -87,6 +88,7 @@ class SparseTrainingMixin(
         if not given:
             self.add_callback(self.sparse_callback)
         self.sparse_callback.adds_loss_terms = self.sparse_callback.rotates = True
+        self.sparse_callback.objective = self._objective
         if zeroth_order is not None:
             self.zeroth_order = ZerothOrder(self, zeroth_order)
             self.zeroth_order_log = ZerothOrderLogCallback()
@@ -202,6 +204,11 @@ class SparseTrainingMixin(
         shown = value if scaled else value * micro_batches  # the Trainer divides by them again
         # a leaf: backward ends where it begins
         return torch.tensor(shown, device=self.args.device, requires_grad=True)
+
+    def _objective(self, batch: Any) -> Any:
+        """Return the trainer's own loss of a batch from its loader, and count nothing."""
+        with uncounted(self):
+            return super().compute_loss(self.model, self._prepare_inputs(batch))
 
     def _loss_with_terms(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, count: Any

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from sft.randomness import own_randomness
 
 # what TRL's trainers count while they compute a loss; a second evaluation must not count again
-COUNTERS = ("_metrics", "_total_train_tokens")
+COUNTERS = ("_metrics", "_total_train_tokens", "_logs")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -34,10 +34,20 @@ def undisturbed(trainer: Any, seed: int, *, dropout: bool, count: bool) -> Itera
         stack.enter_context(torch.no_grad())
         stack.enter_context(own_randomness(seed))
         stack.enter_context(nullcontext() if dropout else _evaluating(model))
-        stack.enter_context(nullcontext() if count else _uncounted(trainer))
+        stack.enter_context(nullcontext() if count else uncounted(trainer))
         if any(p.dtype in HALF for p in model.parameters()):
             stack.enter_context(FullPrecisionLosses())
         yield
+
+
+@contextmanager
+def uncounted(trainer: Any) -> Iterator[None]:
+    """Leave a trainer's own counters and logs as they were."""
+    kept = {key: copy.deepcopy(vars(trainer)[key]) for key in COUNTERS if key in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
 
 
 @contextmanager
@@ -66,16 +76,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.training = trains
         for module in switched:
             module.training = True
-
-
-@contextmanager
-def _uncounted(trainer: Any) -> Iterator[None]:
-    """Leave a trainer's own counters as they were."""
-    kept = {key: copy.deepcopy(vars(trainer)[key]) for key in COUNTERS if key in vars(trainer)}
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
 
 
 class FullPrecisionLosses(TorchFunctionMode):

@@ -184,11 +184,12 @@ class ZerothOrder:
 
     def _calibrate(self, model: nn.Module) -> None:
         """Choose supports that a batch decides, while gradients may still be asked for."""
-        pending = pending_adapters(model)
-        ranks = ranks_of(self.trainer.args) if pending else ONE_RANK
+        trainer, pending = self.trainer, pending_adapters(model)
+        ranks = ranks_of(trainer.args) if pending else ONE_RANK
+        objective = trainer.sparse_callback.objective
         for name in pending:
             with torch.random.fork_rng():
-                calibrate(model, self.trainer.get_train_dataloader(), name, ranks)
+                calibrate(model, trainer.get_train_dataloader(), name, ranks, objective=objective)
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
