@@ -71,7 +71,9 @@ KNOWN: dict[str, Format] = {
         (("chosen",), ("rejected",)), rows.check_preference, ("prompt", "tools")
     ),
     "prompt": Format((("prompt",),), rows.check_prompt, None, texts=True),
-    "classification": Format((("text",), ("label",)), rows.check_classification, ("text_pair",)),
+    "classification": Format(
+        (("text",), ("label", "labels")), rows.check_classification, ("text_pair",)
+    ),
     "token_classification": Format(
         (("tokens",), ("tags", "ner_tags", "labels")), rows.check_token_classification
     ),

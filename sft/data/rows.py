@@ -62,11 +62,16 @@ def check_prompt(row: Row, chat: bool) -> None:
 
 
 def check_classification(row: Row, chat: bool) -> None:
-    """`text` [, `text_pair`] and `label`: a class by name or number, or a real value."""
+    """`text` [, `text_pair`] and `label`: a class by name or number, a list of them, or a value."""
     text_of(row, "text")
     if "text_pair" in row:
         text_of(row, "text_pair")
-    check_label(row)
+    if row.get("label") == []:  # of no class
+        return
+    if isinstance(row.get("label"), list):
+        list_of(row, "label", str | int)
+    else:
+        check_label(row)
 
 
 def check_token_classification(row: Row, chat: bool) -> None:

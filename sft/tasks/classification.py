@@ -1,4 +1,4 @@
-"""`task: classification`: a model learns the class, or the value, of a text or a pair of texts."""
+"""`task: classification`: a model learns the classes, or the value, of a text or two texts."""
 
 from __future__ import annotations
 
@@ -7,36 +7,51 @@ from typing import Any, ClassVar
 
 from sft.data.load import Examples
 from sft.errors import UserError
-from sft.evaluation import labels, values
-from sft.evaluation.classification import batches, measure
+from sft.evaluation import classification, label_sets, labels, values
+from sft.evaluation.classification import batches
+from sft.evaluation.label_sets import one_each
 from sft.evaluation.spec import EvaluationSpec
 from sft.recipe.schema import ModelSpec
 from sft.tasks.base import PROBED, evaluated, mapped
 from sft.tasks.labelled import LabelledTask
 from sft.tasks.labels import class_number
 
+# by transformers' `problem_type`: what its labels are, what measures them, and the metrics
+KINDS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "regression": ("real numbers", values.measure, values.NAMES),
+    "single_label_classification": ("classes", classification.measure, labels.NAMES),
+    "multi_label_classification": ("lists of classes", label_sets.measure, label_sets.NAMES),
+}
+
 
 class Classification(LabelledTask):
-    """Sequence classification, or regression where the labels are real numbers."""
+    """Sequence classification: of one class each, of any number, or regression.
+
+    Labels that are lists are of any number of classes, real numbers are values to learn.
+    """
 
     name: ClassVar[str] = "classification"
-    summary: ClassVar[str] = "a model learns the class, or the value, of a text or a pair of texts"
+    summary: ClassVar[str] = "a model learns the classes, or the value, of a text or two texts"
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     formats: ClassVar[tuple[str, ...]] = ("classification",)
-    metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, *values.NAMES)
+    metrics: ClassVar[tuple[str, ...]] = (*labels.NAMES, "micro_f1", *values.NAMES)
     measured: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mse", "pearson")
 
     def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
         """Raise UserError on metrics of the other kind of labels, and on labels of no class."""
         super().check_data(examples, metrics, key)
-        real = self.names(examples) is None
-        known, found = (values.NAMES, "real numbers") if real else (labels.NAMES, "classes")
+        found, _, known = KINDS[self.problem(examples)]
         wrong = [name for name in metrics if name not in known]
         if wrong and set(metrics) != set(self.measured):
             raise UserError(
                 f"{key}: got {wrong[0]}, but the labels are {found}; allowed is {', '.join(known)}"
             )
+
+    def problem(self, examples: Examples) -> str:
+        """Return what transformers calls the kind of problem that labels pose."""
+        several = isinstance(next(iter(examples.train))[self.column], list)
+        return "multi_label_classification" if several else super().problem(examples)
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with an output for each class of the data."""
@@ -49,7 +64,14 @@ class Classification(LabelledTask):
         """Tokenise the texts, and number the classes."""
         from transformers import DataCollatorWithPadding
 
-        names = self.names(examples)
+        names, problem = self.names(examples), self.problem(examples)
+
+        def number(label: Any) -> Any:
+            if names is None:
+                return float(label)
+            if problem != "multi_label_classification":
+                return class_number(label, names)
+            return one_each([class_number(each, names) for each in label], len(names))
 
         def encode(row: dict[str, Any]) -> dict[str, Any]:
             found = dict(
@@ -58,8 +80,7 @@ class Classification(LabelledTask):
                     max_length=self.options.max_length,
                 )
             )  # fmt: skip
-            label = row["label"]
-            return found | {"labels": float(label) if names is None else class_number(label, names)}
+            return found | {"labels": number(row["label"])}
 
         return {
             "train_dataset": mapped(examples.train, encode),
@@ -72,12 +93,14 @@ class Classification(LabelledTask):
         self, model: Any, processor: Any, rows: Any, format: str, spec: EvaluationSpec, longest: int
     ) -> dict[str, float]:
         """Measure predicted classes, or values: what of the metrics fits the labels."""
-        judge = measure if model.config.problem_type != "regression" else values.measure
-        known = labels.NAMES if judge is measure else values.NAMES
+        _, judge, known = KINDS[model.config.problem_type or "single_label_classification"]
         fitting = spec.model_copy(
             update={"metrics": [name for name in spec.metrics or () if name in known]}
         )
-        return judge(model, processor, rows, format, fitting, self.options.max_length)
+        found: dict[str, float] = judge(
+            model, processor, rows, format, fitting, self.options.max_length
+        )
+        return found
 
     def probe(
         self, model: Any, processor: Any, rows: Any, format: str, size: int, longest: int

@@ -39,6 +39,10 @@ class LabelledTask(HeadTask):
         """Return the names of the classes, or None where labels are real numbers."""
         return label_names(examples.train, self.column, self.options.labels)
 
+    def problem(self, examples: Examples) -> str:
+        """Return what transformers calls the kind of problem that labels pose."""
+        return "regression" if self.names(examples) is None else "single_label_classification"
+
     def check_data(self, examples: Examples, metrics: Sequence[str], key: str) -> None:
         """Raise UserError on a label, most likely a held-out one, that is no class's."""
         names = self.options.labels or self.names(examples)
@@ -55,6 +59,6 @@ class LabelledTask(HeadTask):
             spec,
             device=device,
             kind=self.kind(),
-            config=with_labels(spec, self.names(examples)),
+            config=with_labels(spec, self.names(examples), self.problem(examples)),
             missing=self.missing,
         )

@@ -87,20 +87,20 @@ def check_labels(
             ) from None
 
 
-def with_labels(spec: ModelSpec, names: Sequence[str] | None, kind: str | None = None) -> Any:
+def with_labels(spec: ModelSpec, names: Sequence[str] | None, problem: str) -> Any:
     """Return the model's configuration with a head for these classes; one output for None.
 
     Args:
         spec: the `model:` section.
         names: of the classes.
-        kind: of the loss, transformers' `problem_type`.
+        problem: transformers' `problem_type`, which tells the loss.
     """
     config = load_config(spec)
     chosen = list(names) if names is not None else ["value"]
     config.num_labels = len(chosen)
     config.id2label = dict(enumerate(chosen))
     config.label2id = {name: number for number, name in enumerate(chosen)}
-    config.problem_type = kind or ("regression" if names is None else "single_label_classification")
+    config.problem_type = problem
     return config
 
 

@@ -31,7 +31,7 @@ class Reward(HeadTask):
 
     def load_model(self, spec: ModelSpec, examples: Examples, device: str | None) -> Any:
         """Load a sequence classifier with one output."""
-        config = with_labels(spec, ["reward"], kind="regression")
+        config = with_labels(spec, ["reward"], "regression")
         return load_model(
             spec, device=device, kind=self.kind(), config=config, missing=self.missing
         )
