@@ -88,8 +88,9 @@ def measured(case: str, folder: str) -> dict[str, Any]:
     data = replace(data, train=data.train.select([place for place, _ in chosen]))
     # out of the mapped file, whose pages no allocator knows
     model = None if method.from_scratch else copy.deepcopy(load_model(recipe.model))
-    model = attached(recipe, method, model)
-    trainer = build_trainer(recipe, build_task(recipe.task), model, tokenizer, data, [])
+    task = build_task(recipe.task)
+    model = attached(recipe, task, method, model)
+    trainer = build_trainer(recipe, task, model, tokenizer, data, [])
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()

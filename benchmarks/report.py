@@ -262,7 +262,8 @@ def page() -> str:
 
 def summary() -> str:
     """Return the README's lines on the results."""
-    quickstart, cells = results()["quickstart"], method_results.read()
+    found, cells = results(), method_results.read()
+    quickstart, text = found["quickstart"], found["recipes"]["recipes"]["quickstart"]["forgetting"]
     main = cells.get(method_results.MAIN)
     if main is None:
         return README.read_text().partition(START)[2].partition(END)[0]
@@ -272,6 +273,7 @@ def summary() -> str:
 |---|---|
 | quickstart: phoneme error rate on held-out words | {quickstart["before"][rate]:.2f} before, \
 {quickstart["after"][rate]:.2f} after {quickstart["steps"]} steps |
+| its loss on general text | {text["loss_before"]:.2f} before, {text["loss_after"]:.2f} after |
 | weights trained | {quickstart["trained_weights"]:,} of {quickstart["all_weights"]:,} \
 ({quickstart["trained_weights"] / quickstart["all_weights"]:.2%}) |
 | same seed again | {"the same bits" if quickstart["repeated_exactly"] else "other numbers"} |
