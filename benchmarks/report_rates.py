@@ -18,7 +18,8 @@ def section(result: dict[str, Any]) -> str:
         f"method at several rates. Phoneme error rate on held-out words ("
         f"{first['before']['token_error_rate']:.2f} before), and loss on {text['tokens']:,} tokens "
         f"of general text ({text['loss_before']:.2f} before). Bold is the lowest error rate of "
-        f"those that raise that loss by less than {ALLOWED} nats: the recipes take rates near these.\n",
+        f"those that raise that loss by less than {ALLOWED} nats: the recipes take rates near "
+        "these.\n",
         "| | trained | learning rate | phoneme error rate | exact match | loss on general text "
         "| KL from the base |",
         "|---" * 7 + "|",
