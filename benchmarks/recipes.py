@@ -2,8 +2,8 @@
 
 `python benchmarks/recipes.py [--only NAME ...] [--jobs N] [--out FILE]`
 
-These are the tests of `make test-recipes`, with their results kept: a recipe that does not keep its
-promise is one that fails.
+These are the tests of `make test-recipes`, and those of `make test-engines` that run recipes in two
+processes, with their results kept: a recipe that does not keep its promise is one that fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests/recipes/test_shipped.py"
 
 
+def _test(name: str) -> str:
+    what = "recipe_of_two_processes" if "_zero" in name else "small_recipe"
+    return f"test_a_{what}_keeps_its_promise"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out = HERE / "results/recipes.json"
@@ -29,10 +34,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each")
     parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
-    name = "test_a_small_recipe_keeps_its_promise"
-    chosen = [f"{TESTS}::{name}[{only}]" for only in args.only] if args.only else [str(TESTS)]
+    chosen = [f"{TESTS}::{_test(name)}[{name}]" for name in args.only or ()] or [str(TESTS)]
     spread = ["-n", str(args.jobs), "--dist", "worksteal"] if args.jobs > 1 else []
-    sys.exit(pytest.main([*chosen, "-m", "recipes", *spread, "--results", str(args.out)]))
+    sys.exit(
+        pytest.main([*chosen, "-m", "recipes or engines", *spread, "--results", str(args.out)])
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +41,14 @@ READ = {
 RECIPES = [
     name
     for name, recipe in READ.items()
-    if "task" not in recipe and recipe["data"]["train"] == "cmudict"
+    if "task" not in recipe
+    and recipe["data"]["train"] == "cmudict"
+    and "deepspeed" not in recipe["training"]
 ]
-# DeepSpeed keeps its hold on the process that it ran in
-SHARDED = [name for name in RECIPES if "_zero" in name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SHARDED])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_on_the_real_model(name, tmp_path) -> None:
     pytest.importorskip("gguf")
     from sft.recipe.load import load_recipe
@@ -62,23 +59,6 @@ def test_every_recipe_runs_on_the_real_model(name, tmp_path) -> None:
     run = train_from_recipe(recipe)
     assert run.after["nll"] < run.before["nll"]
     assert run.max_logit_difference is not None
-    assert (tmp_path / "run/merged/model.safetensors").is_file()
-
-
-@pytest.mark.engines
-@pytest.mark.parametrize("name", SHARDED)
-def test_every_sharded_recipe_runs_on_the_real_model(name, tmp_path) -> None:
-    pytest.importorskip("gguf")
-    settings = ["evaluation.num_examples=4", "evaluation.metrics=[nll]", "training.max_steps=3"]
-    command = [sys.executable, "-m", "sft", "train", name, "--plain", "--processes", "2", *settings]
-    done = subprocess.run(
-        [*command, f"training.output_dir={tmp_path / 'run'}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = json.loads((tmp_path / "run/run.json").read_text())
-    assert run["after"]["nll"] < run["before"]["nll"]
-    assert run["max_logit_difference"] is not None
     assert (tmp_path / "run/merged/model.safetensors").is_file()
 
 
