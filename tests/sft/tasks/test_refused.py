@@ -78,7 +78,10 @@ def test_images_without_pillow_name_the_extra(tmp_path, monkeypatch):
     table = tmp_path / "rows.csv"
     table.write_text("image,label\na.png,x\n")
     there = importlib.util.find_spec
-    missing = lambda name, *given: None if name == "PIL" else there(name, *given)  # noqa: E731
+
+    def missing(name, *given):
+        return None if name == "PIL" else there(name, *given)
+
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(UserError) as caught:
         load_data(DataSpec(train=str(table)), 0, ("image_classification",))
